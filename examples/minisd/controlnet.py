@@ -1,0 +1,260 @@
+"""ControlNet：锁定基座，训练一份编码器副本，用零卷积把它接回去（arXiv:2302.05543）。
+
+对基座的全部要求（鸭子类型，不限定类）
+--------------------------------------
+``base.embed``      模块，``emb = base.embed(t, *cond)``。emb 可以是任何东西，只会原样传给各块。
+``base.encoder``    ``nn.ModuleList``，逐块 ``h = block(h, emb)``，每块的输出就是一条跳连；
+                    第 0 块把 x 变成特征（输入卷积）。每块有整数属性 ``out_channels``。
+``base.middle``     中间块，``h = middle(h, emb)``，有 ``out_channels``。
+``base(x, t, *cond, residuals=...)``
+                    前向；``residuals`` 是长 n+1 的列表（n 条跳连在前，中间块在最后），
+                    由基座加到跳连与中间块的输出上。缺省 ``None`` 表示不受控。
+
+``cond`` 是基座自己的条件（类别、文本特征与掩码……），ControlNet 不解释它，只转交给副本的 embed。
+
+文件末尾的 ``TinyUNet`` 是满足这份约定的最小像素基座；换成别的基座时这里不用改。
+"""
+
+# --8<-- [start:zero]
+import copy
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+
+class ZeroConv(nn.Conv2d):
+    """零卷积：1×1 卷积，权重与偏置都从零开始。(B, C, H, W) → (B, C', H, W)
+
+    逐像素就是 y = W x + b（W 形状 C'×C）。改的是 ``reset_parameters``，
+    所以任何“重新初始化一遍”的代码都不会破坏零起点。
+    """
+
+    def __init__(self, in_channels, out_channels=None):
+        super().__init__(in_channels, out_channels or in_channels, kernel_size=1)
+
+    def reset_parameters(self):
+        nn.init.zeros_(self.weight)
+        nn.init.zeros_(self.bias)
+# --8<-- [end:zero]
+
+
+# --8<-- [start:hint]
+class HintEncoder(nn.Sequential):
+    """条件图小网络：把像素条件图降到基座第 0 块输出的尺寸，末层是零卷积。
+
+    (B, in_channels, H·2^down, W·2^down) → (B, out_channels, H, W)
+
+    ``out_channels`` 是基座 ``encoder[0].out_channels``；``down`` 是步长 2 的次数：
+    像素基座取 0，8 倍压缩的潜空间基座取 3。
+    """
+
+    def __init__(self, in_channels, out_channels, down=0, width=16):
+        if min(in_channels, out_channels, width) < 1 or down < 0:
+            raise ValueError("通道数必须是正数，down 不能是负数")
+        layers = [nn.Conv2d(in_channels, width, 3, padding=1), nn.SiLU()]
+        for i in range(down):                                             # 每次边长减半，通道加倍
+            layers += [nn.Conv2d(width << i, width << (i + 1), 3, stride=2, padding=1), nn.SiLU()]
+        width <<= down
+        super().__init__(*layers, nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), ZeroConv(width, out_channels))
+# --8<-- [end:hint]
+
+
+# --8<-- [start:controlnet]
+class ControlNet(nn.Module):
+    """编码器与中间块的可训练副本。``hint_encoder`` 缺省时用灰度、不降采样的 ``HintEncoder``。
+
+    基座不满足文件开头的约定时抛 ValueError。构造时复制权重，之后与基座互不影响。
+    """
+
+    def __init__(self, base, hint_encoder=None):
+        super().__init__()
+        _check_base(base)
+        self.embed, self.encoder, self.middle = (
+            copy.deepcopy(part).requires_grad_(True).train() for part in (base.embed, base.encoder, base.middle)
+        )
+        self.hint_encoder = hint_encoder or HintEncoder(1, base.encoder[0].out_channels)
+        self.zero_skips = nn.ModuleList(ZeroConv(block.out_channels) for block in base.encoder)   # n 个
+        self.zero_middle = ZeroConv(base.middle.out_channels)                                     # 再加 1 个
+
+    def forward(self, x, t, *cond, hint, scale=1.0):
+        """返回残差列表，长 n+1：与各跳连、中间块的输出同形。
+
+        x (B, C, H, W)，t (B,)，hint (B, C_hint, H_hint, W_hint)；
+        scale 是一个数，或长 n+1 的序列（逐个残差的强度）。
+        """
+        scales = _scales(scale, len(self.zero_skips) + 1)
+        emb = self.embed(t, *cond)
+        h, features = x, []
+        for i, block in enumerate(self.encoder):
+            h = block(h, emb)                                    # (B, C_i, H_i, W_i)
+            if i == 0:
+                h = h + self._encode_hint(hint, h)               # 条件图只从这一个入口进来
+            features.append(h)
+        features.append(self.middle(h, emb))
+        zeros = [*self.zero_skips, self.zero_middle]
+        return [s * zero(f) for s, zero, f in zip(scales, zeros, features, strict=True)]
+
+    def _encode_hint(self, hint, h):
+        if hint.ndim != 4 or len(hint) != len(h):
+            raise ValueError(f"条件图的形状必须是 ({len(h)}, C, H, W)，收到 {tuple(hint.shape)}")
+        expected = next(m for m in self.hint_encoder.modules() if isinstance(m, nn.Conv2d)).in_channels
+        if hint.shape[1] != expected:
+            raise ValueError(f"条件图必须有 {expected} 个通道，收到 {hint.shape[1]}")
+        c = self.hint_encoder(hint)
+        if c.shape != h.shape:
+            raise ValueError(f"条件图编码后是 {tuple(c.shape)}，与基座第 0 块的输出 {tuple(h.shape)} 不符")
+        return c
+# --8<-- [end:controlnet]
+
+
+# --8<-- [start:controlled]
+class Controlled(nn.Module):
+    """锁定的基座 + 一个或多个 ControlNet；多个 ControlNet 的残差直接相加。
+
+    构造时把基座锁住（``requires_grad_(False)`` 且恒为 eval）。
+    基座已经受控、或同一个 ControlNet 接了两次时抛 ValueError。
+    """
+
+    def __init__(self, base, *controls):
+        super().__init__()
+        _check_base(base)
+        if not controls:
+            raise ValueError("至少要接一个 ControlNet")
+        if len({id(c) for c in controls}) != len(controls):
+            raise ValueError("同一个 ControlNet 接了两次，残差会翻倍；要加强请调 scale")
+        self.base = base.requires_grad_(False).eval()
+        self.controls = nn.ModuleList(controls)
+
+    def train(self, mode=True):
+        super().train(mode)
+        self.base.eval()                    # 锁定也包括 dropout 与批归一化的统计量
+        return self
+
+    def forward(self, x, t, *cond, hints, scales=None):
+        """hints：每个 ControlNet 一张条件图；scales：每个 ControlNet 一个强度，缺省全为 1。"""
+        scales = [1.0] * len(self.controls) if scales is None else scales
+        if not len(hints) == len(scales) == len(self.controls):
+            raise ValueError(f"要 {len(self.controls)} 张条件图与强度，收到 {len(hints)} 张、{len(scales)} 个")
+        each = [c(x, t, *cond, hint=h, scale=s) for c, h, s in zip(self.controls, hints, scales, strict=True)]
+        return self.base(x, t, *cond, residuals=[sum(rs[1:], rs[0]) for rs in zip(*each, strict=True)])
+# --8<-- [end:controlled]
+
+
+# --8<-- [start:check]
+def _check_base(base):
+    if isinstance(base, Controlled):
+        raise ValueError("基座已经接过 ControlNet；要接多个，请写 Controlled(base, a, b)")
+    for name in ("embed", "encoder", "middle"):
+        if not isinstance(getattr(base, name, None), nn.Module):
+            raise ValueError(f"基座缺少模块 {name!r}")
+    if not isinstance(base.encoder, nn.ModuleList) or not len(base.encoder):
+        raise ValueError("基座的 encoder 必须是非空的 nn.ModuleList，每块输出一条跳连")
+    for name, block in [*((f"encoder[{i}]", b) for i, b in enumerate(base.encoder)), ("middle", base.middle)]:
+        if not isinstance(getattr(block, "out_channels", None), int):
+            raise ValueError(f"基座的 {name} 缺少整数属性 out_channels")
+
+
+def _scales(scale, n):
+    if isinstance(scale, (int, float)):
+        return [scale] * n
+    if len(scale) != n:
+        raise ValueError(f"scale 必须是一个数或长 {n} 的序列，收到长 {len(scale)}")
+    return list(scale)
+
+
+def add_residuals(features, residuals):
+    """给基座用：features 与 residuals 逐个相加，个数或形状不符时抛 ValueError。"""
+    if len(residuals) != len(features):
+        raise ValueError(f"要 {len(features)} 个残差（{len(features) - 1} 条跳连 + 中间块），收到 {len(residuals)} 个")
+    for i, (f, r) in enumerate(zip(features, residuals, strict=True)):
+        if r.shape != f.shape:
+            raise ValueError(f"第 {i} 个残差的形状必须是 {tuple(f.shape)}，收到 {tuple(r.shape)}")
+    return [f + r for f, r in zip(features, residuals, strict=True)]
+# --8<-- [end:check]
+
+
+# --8<-- [start:unet]
+class Embed(nn.Module):
+    """时间（与可选的类别）嵌入：t (B,)、y (B,) → (B, dim)。类别 0 约定为“空提示”。"""
+
+    def __init__(self, dim, classes=0):
+        super().__init__()
+        self.dim = dim
+        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
+        self.label = nn.Embedding(classes, dim) if classes else None
+
+    def forward(self, t, y=None):
+        k = torch.arange(self.dim // 2, device=t.device)
+        angle = t[:, None] * torch.exp(-math.log(10_000) * k / (self.dim // 2))       # (B, dim/2)
+        emb = self.mlp(torch.cat([angle.cos(), angle.sin()], 1))                      # (B, dim)
+        return emb if self.label is None or y is None else emb + self.label(y)
+
+
+class Block(nn.Module):
+    """残差块；``stride=2`` 时先降采样。(B, C_in, H, W) → (B, C_out, H/stride, W/stride)"""
+
+    def __init__(self, in_channels, out_channels, dim, stride=1):
+        super().__init__()
+        self.out_channels = out_channels
+        self.skip = nn.Conv2d(in_channels, out_channels, stride, stride=stride)
+        self.norm1, self.norm2 = nn.GroupNorm(4, in_channels), nn.GroupNorm(4, out_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.emb = nn.Linear(dim, out_channels)
+        self.act = nn.SiLU()
+
+    def forward(self, h, emb):
+        r = self.conv1(self.act(self.norm1(h))) + self.emb(self.act(emb))[:, :, None, None]
+        return self.skip(h) + self.conv2(self.act(self.norm2(r)))
+
+
+class Stem(nn.Conv2d):
+    """输入卷积：encoder 的第 0 块，不看 emb。每 2×2 个像素并成一个位置。(B, C, H, W) → (B, C_0, H/2, W/2)"""
+
+    def __init__(self, in_channels, out_channels):
+        super().__init__(4 * in_channels, out_channels, 3, padding=1)
+
+    def forward(self, x, emb):
+        return super().forward(F.pixel_unshuffle(x, 2))
+
+
+class TinyUNet(nn.Module):
+    """两级像素 U-Net：(B, C, H, W)、t (B,) → (B, C, H, W)。H、W 为偶数。
+
+    encoder 与 SD 同一种排法：输入卷积、每级若干残差块、级与级之间一次降采样，
+    每一块都留一条跳连。这里是 1 + 1 + 1 + 1 = 4 条。
+    """
+
+    def __init__(self, channels=1, width=(32, 64), classes=0, dim=64):
+        super().__init__()
+        a, b = width
+        self.embed = Embed(dim, classes)
+        self.encoder = nn.ModuleList([
+            Stem(channels, a),                 # (B, a, H, W)
+            Block(a, a, dim),                  # (B, a, H, W)
+            Block(a, a, dim, stride=2),        # (B, a, H/2, W/2)
+            Block(a, b, dim),                  # (B, b, H/2, W/2)
+        ])
+        self.middle = Block(b, b, dim)         # (B, b, H/2, W/2)
+        self.decoder = nn.ModuleList([Block(b + b, b, dim), Block(b + a, a, dim), Block(a + a, a, dim), Block(a + a, a, dim)])
+        self.up = nn.Upsample(scale_factor=2)
+        self.out = nn.Sequential(nn.GroupNorm(4, a), nn.SiLU(), nn.Conv2d(a, 4 * channels, 3, padding=1), nn.PixelShuffle(2))
+
+    def forward(self, x, t, *cond, residuals=None):
+        emb = self.embed(t, *cond)
+        h, skips = x, []
+        for block in self.encoder:
+            h = block(h, emb)
+            skips.append(h)
+        h = self.middle(h, emb)
+        if residuals is not None:                               # ControlNet 的入口：只动送往解码器的东西
+            *skips, h = add_residuals([*skips, h], residuals)
+        for block in self.decoder:
+            skip = skips.pop()
+            if h.shape[-1] < skip.shape[-1]:
+                h = self.up(h)
+            h = block(torch.cat([h, skip], 1), emb)
+        return self.out(h)
+# --8<-- [end:unet]

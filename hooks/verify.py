@@ -1,0 +1,62 @@
+"""MkDocs 事件 → 验证引擎：执行代码块，渲染时接上结果，收尾时核对。"""
+
+from pathlib import Path
+
+from mkdocs.exceptions import PluginError
+from mkdocs.plugins import event_priority
+from mkdocs.structure.files import File
+from zhixing import build, report
+from zhixing.errors import ContentError
+from zhixing.links import Rendered
+
+
+def _build(config):
+    return build.get(Path(config.config_file_path).resolve().parent)
+
+
+def on_config(config):
+    config.nav = _build(config).nav()
+    return config
+
+
+@event_priority(100)  # 赶在 mkdocs-jupyter 认领 .ipynb 之前
+def on_files(files, config):
+    b = _build(config)
+    b.start()
+    try:
+        assets = b.assets()
+    except FileNotFoundError as error:
+        raise PluginError(str(error)) from None
+    for uri, path in assets.items():
+        files.append(File.generated(config, uri, abs_src_path=str(path)))
+    directory, notebooks = b.write_notebooks()
+    for uri in notebooks:  # mkdocs-jupyter 要读真文件，所以不用 File.generated
+        files.append(File(uri, str(directory), config.site_dir, config.use_directory_urls))
+    for uri, text in b.generated_pages().items():
+        files.append(File.generated(config, uri, content=text))
+    return files
+
+
+def on_page_markdown(markdown, page, config, files):
+    return _build(config).begin_page(f"docs/{page.file.src_uri}", markdown, page.file.url.removeprefix("./"))
+
+
+@event_priority(-50)
+def on_env(env, config, files):
+    b = _build(config)
+    rendered = []
+    for file in files.documentation_pages():
+        source, text = b.source(file.src_uri)
+        rendered.append(Rendered(source, file.url.removeprefix("./"), text, file.page.content or ""))
+    try:
+        b.finish(rendered, {f.url.removeprefix("./") for f in files})
+    except ContentError as error:
+        report.print_problems(error.problems)
+        raise PluginError(f"{error}，见上；修好后重新构建，已有的站点没有改动") from None
+    for uri, text in b.extra_files().items():
+        files.append(File.generated(config, uri, content=text))
+    return env
+
+
+def on_shutdown():
+    build.close_all()

@@ -1,0 +1,223 @@
+"""一次站点构建：把项目、执行、渲染上下文与检查串起来；不 import mkdocs。
+
+钩子（``hooks/``）按 MkDocs 的事件顺序调用这里的方法，换一个构建器只需重写钩子。
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+from zhixing import links, notebook, pages, report
+from zhixing.cache import write_atomic
+from zhixing.context import current
+from zhixing.errors import ContentError, Problem
+from zhixing.execute import Engine
+from zhixing.inline import images
+from zhixing.page import Page, wrap
+from zhixing.project import Project
+
+
+class Build:
+    """一个项目的构建；``mkdocs serve`` 期间反复 :meth:`start`，执行引擎常驻。"""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.engine = Engine(root)
+        self.for_print = bool(os.environ.get("ZHIXING_PRINT"))
+
+    # ---- 开始：扫描、执行 ----
+
+    def start(self) -> None:
+        """扫描全部内容并执行；内容错误先记着，等页面都渲染过再一起报。"""
+        print("知行：核对代码块", flush=True)
+        self.project = Project.load(self.root)
+        self.project.execute(self.engine, report.announce)
+        self.problems: list[Problem] = self.project.problems
+        self.pages: dict[str, Page] = {}
+        self.formulas: dict[str, list[str]] = {}
+        self.notebook_css: dict[str, str] = {}
+
+    def nav(self) -> list:
+        """导航：首页、各章、示例、关于。章内按难度再按 id 排。"""
+        return pages.nav(Project.load(self.root))
+
+    def generated_pages(self) -> dict[str, str]:
+        """由数据生成的页面：``docs/`` 内的路径 -> Markdown。"""
+        return pages.generated(self.project)
+
+    def assets(self) -> dict[str, Path]:
+        """从锁定版本的 npm 包复制进站点的文件。
+
+        Raises:
+            FileNotFoundError: 前端资产还没安装。
+        """
+        modules = self.root / "node_modules"
+        katex = modules / "katex" / "dist"
+        if not (katex / "katex.min.css").is_file():
+            raise FileNotFoundError("缺少前端资产：先运行 make assets")
+        found = {"assets/katex/katex.min.css": katex / "katex.min.css"}
+        found |= {f"assets/katex/fonts/{p.name}": p for p in sorted((katex / "fonts").glob("*.woff2"))}
+        return found
+
+    def write_notebooks(self) -> tuple[Path, list[str]]:
+        """把每个示例的执行结果写成 ``.ipynb``；返回 ``(目录, 目录内的相对路径)``。"""
+        directory, written = self.root / ".cache" / "zhixing" / "notebooks", []
+        for example in self.project.examples.values():
+            results = self.project.outcomes[example.file].payload["blocks"]
+            context = Page(example.file, "", "../../", self.problems, self.project.artifacts)
+
+            def figure_html(svg: str, cell: int, i: int, example=example, context=context) -> str:
+                figure = self.project.artifacts.publish(f"{example.id}/cell-{cell}-{i}", svg)
+                return f'<figure class="zx-figure">{images(figure, f"{example.title}：第 {cell + 1} 格的图", context)}</figure>'
+
+            text, self.formulas[example.id] = notebook.to_ipynb(example, results, figure_html, self.problems)
+            written.append(f"examples/{example.id}.ipynb")
+            write_atomic(directory / written[-1], text)
+        return directory, written
+
+    # ---- 每一页 ----
+
+    def begin_page(self, file: str, body: str, url: str) -> str:
+        """渲染一页之前：设好上下文，返回加上页首页尾的 Markdown。
+
+        Args:
+            file: 相对项目根目录的源文件。
+            body: 去掉 front matter 的正文。
+            url: 本页网址，如 ``control/lora/``。
+        """
+        scan = self.project.scans.get(file)
+        source = scan.text if scan else body
+        offset = source.count("\n") - body.count("\n")
+        meta = self.project.metas.get(file)
+        if meta:
+            body, added = wrap(meta, body)
+            offset -= added
+        results = {}
+        if scan:
+            outcome = self.project.outcomes[file]
+            for block, result in zip(outcome.unit.blocks, outcome.payload["blocks"], strict=False):
+                results[block.line] = result
+        page = Page(
+            file,
+            source,
+            "../" * url.count("/"),
+            self.problems,
+            self.project.artifacts,
+            for_print=self.for_print,
+            blocks={b.line: b for b in scan.blocks} if scan else {},
+            results=results,
+            offset=offset,
+        )
+        self.pages[file] = page
+        current.set(page)
+        return body
+
+    def finish_notebook(self, example: str, html: str, slugify) -> tuple[str, list[dict]]:
+        """修整 mkdocs-jupyter 的输出；样式收进一个共享文件。"""
+        body, toc, css = notebook.finish_html(html, self.formulas[example], slugify)
+        name = f"assets/notebook-{hashlib.sha256(css.encode()).hexdigest()[:12]}.css"
+        self.notebook_css[name] = css
+        return f'<link rel="stylesheet" href="../../{name}">\n{body}', toc
+
+    # ---- 收尾 ----
+
+    def source(self, uri: str) -> tuple[str, str]:
+        """``docs/`` 内的页面路径 -> ``(贡献者该去改的文件, 它的全文)``。"""
+        path = Path(uri)
+        if path.suffix == ".ipynb" and path.stem in self.project.examples:
+            file = self.project.examples[path.stem].file
+            return file, (self.root / file).read_text("utf-8")
+        file = f"docs/{uri}"
+        return file, self.pages[file].source if file in self.pages else ""
+
+    def finish(self, rendered: list[links.Rendered], urls: set[str]) -> None:
+        """全部页面渲染之后：交叉核对，检查链接，有错就报。
+
+        Raises:
+            ContentError: 内容有错。
+        """
+        current.set(None)
+        urls = urls | self.project.artifacts.files.keys() | self.notebook_css.keys()
+        problems = self.problems
+        for page in rendered:
+            context = self.pages.get(page.file)
+            if context is None or page.file not in self.project.scans:
+                continue  # 由数据生成的页面与示例没有可扫描的源文件
+            problems += self._cross_check(page, context)
+            meta = self.project.metas.get(page.file)
+            for question in meta.questions if meta else []:
+                if question.answer.startswith("#") and question.answer[1:] not in page.ids:
+                    problems.append(Problem(page.file, question.line, "F104", f"没有锚点 {question.answer}"))
+        # questions 的锚点已经单独报过，不再当死链重复一遍
+        reported = {(p.file, p.reason.rpartition("#")[2]) for p in problems if p.code == "F104"}
+        problems += [
+            p for p in links.check(rendered, urls) if (p.file, p.reason.rpartition("#")[2]) not in reported
+        ]
+        report.print_summary(self.project)
+        if problems:
+            raise ContentError(problems)
+
+    def _cross_check(self, page: links.Rendered, context: Page) -> list[Problem]:
+        problems = []
+        for line in sorted(context.blocks.keys() - page.blocks):
+            problems.append(Problem(page.file, line, "B211", "静态扫描找到了这一块，但页面上看不到它"))
+        if any(p.file == page.file and p.code in ("B201", "B205", "M403") for p in self.problems):
+            return []  # 已经报过根因
+        for text in page.strays:
+            first = text.strip().split("\n")[0]
+            problems.append(Problem(page.file, context.line_of(first), "B206", f"没有执行的代码块：{first[:60]!r}"))
+        return problems
+
+    def extra_files(self) -> dict[str, str]:
+        """渲染之后才知道的静态文件：站内路径 -> 文本。"""
+        return self.project.artifacts.files | self.notebook_css
+
+    def close(self) -> None:
+        self.engine.close()
+
+
+_BUILDS: dict[Path, Build] = {}
+
+
+def get(root: Path) -> Build:
+    """同一个项目在一个进程里共用一个 Build。"""
+    if root not in _BUILDS:
+        _BUILDS[root] = Build(root)
+    return _BUILDS[root]
+
+
+def close_all() -> None:
+    """收掉常驻的执行进程。"""
+    while _BUILDS:
+        _BUILDS.popitem()[1].close()
+
+
+# ---- 站点目录：写在旁边，成功才换上 ----
+
+
+def staging(site: Path) -> Path:
+    """本次构建写到哪里；清掉上次被杀留下的半成品，上次换到一半的恢复回来。"""
+    stage, old = _aside(site)
+    shutil.rmtree(stage, ignore_errors=True)
+    if old.exists():
+        if site.exists():
+            shutil.rmtree(old)
+        else:
+            old.rename(site)
+    return stage
+
+
+def publish(site: Path) -> None:
+    """把写好的站点换上；此前任何一步失败，旧站点都原样还在。"""
+    stage, old = _aside(site)
+    if site.exists():
+        site.rename(old)
+    stage.rename(site)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _aside(site: Path) -> tuple[Path, Path]:
+    return site.with_name(f".{site.name}.building"), site.with_name(f".{site.name}.old")

@@ -1,0 +1,96 @@
+"""执行结果的缓存：每页一个文件，按内容寻址，原子改名；删掉缓存结果也一样。
+
+键 = 代码与影响执行的选项 + Python 与已装包 + 引擎自身；另记执行时读过的项目文件的哈希，
+任何一个变了就不算命中。失败从不缓存。
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import sysconfig
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+_ENGINE_FILES = ("runner.py", "figures.py", "artifacts.py", "sandbox.py", "zygote.py")
+
+
+def file_hash(path: Path) -> str | None:
+    """文件内容的 SHA-256；不存在时为 None。"""
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+        return None
+
+
+@cache
+def environment() -> str:
+    """Python 版本、已装包与引擎自身的指纹。"""
+    site = Path(sysconfig.get_paths()["purelib"])
+    packages = sorted(p.name for p in site.glob("*.dist-info") if not p.name.startswith("zhixing-"))
+    engine = [file_hash(Path(__file__).parent / name) for name in _ENGINE_FILES]
+    return hashlib.sha256(json.dumps([sys.version, packages, engine]).encode()).hexdigest()
+
+
+def key(content: Any) -> str:
+    """可 JSON 化的内容连同环境的键。"""
+    text = json.dumps([environment(), content], ensure_ascii=False, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+class Cache:
+    """``directory`` 下每个源文件一个 JSON。"""
+
+    def __init__(self, directory: Path, root: Path) -> None:
+        self.directory, self.root = directory, root
+
+    def path(self, file: str) -> Path:
+        return self.directory / (file.replace("/", "__") + ".json")
+
+    def load(self, file: str, key: str) -> tuple[dict[str, Any] | None, str]:
+        """返回 ``(结果或 None, 为什么)``；缓存文件损坏当作没有。"""
+        try:
+            entry = json.loads(self.path(file).read_text("utf-8"))
+            stored, deps, digest = entry["key"], entry["deps"], entry["digest"]
+            payload = entry["payload"]
+        except FileNotFoundError:
+            return None, "没有缓存"
+        except (ValueError, KeyError, TypeError, OSError):
+            return None, "缓存文件损坏"
+        if digest != _digest(payload):
+            return None, "缓存文件损坏"
+        if stored != key:
+            return None, "代码、选项或环境变了"
+        for path, old in deps.items():
+            if file_hash(self.root / path) != old:
+                return None, f"依赖 {path} 变了"
+        return payload, "代码、环境与依赖都没变"
+
+    def store(self, file: str, key: str, payload: dict[str, Any], deps: list[str]) -> None:
+        """原子写入；中途被杀只会留下临时文件，不会留下半个结果。"""
+        self.directory.mkdir(parents=True, exist_ok=True)
+        entry = {
+            "key": key,
+            "deps": {path: file_hash(self.root / path) for path in deps},
+            "digest": _digest(payload),
+            "payload": payload,
+        }
+        write_atomic(self.path(file), json.dumps(entry, ensure_ascii=False))
+
+
+def _digest(payload: Any) -> str:
+    return hashlib.sha256(json.dumps(payload, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def write_atomic(path: Path, text: str) -> None:
+    """写到同目录的临时文件再改名。"""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(text, "utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

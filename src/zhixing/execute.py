@@ -1,0 +1,285 @@
+"""执行：挑出要跑的文件，交给 zygote，收结果，核对，写缓存。"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterable
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from zhixing.blocks import Block
+from zhixing.cache import Cache, key
+from zhixing.errors import Problem
+from zhixing.verify import verify
+from zhixing.zygote import HEAVY
+
+# 子进程只看得到这些环境变量：令牌、代理、主机名之类一概不进去
+_PASS_THROUGH = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "SYSTEMROOT")
+
+
+@dataclass
+class Unit:
+    """一起执行、共享变量的一串代码块：一页，或一个示例。"""
+
+    file: str
+    blocks: list[Block]  # 只含会执行的块
+    kind: str = "page"  # page 或 example
+
+
+@dataclass
+class Outcome:
+    """一个单元的执行结果。"""
+
+    unit: Unit
+    payload: dict[str, Any]  # blocks figures metrics isolation
+    cached: bool
+    why: str
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> float:
+        return sum(b["seconds"] for b in self.payload["blocks"])
+
+
+def clean_environment(root: Path) -> dict[str, str]:
+    """子进程的环境变量。"""
+    env = {name: os.environ[name] for name in _PASS_THROUGH if name in os.environ}
+    return env | {
+        "LANG": "C.UTF-8",
+        "LC_ALL": "C.UTF-8",
+        "TZ": "UTC",
+        "HOME": tempfile.gettempdir(),
+        "PYTHONHASHSEED": "0",
+        "PYTHONDONTWRITEBYTECODE": "1",
+        "PYTHONPATH": str(root / "examples"),
+        "MPLBACKEND": "Agg",
+        "MPLCONFIGDIR": str(root / ".cache" / "zhixing" / "matplotlib"),
+        # 多线程算子之后 fork 会挂死；页间并行比页内两线程快
+        "OMP_NUM_THREADS": "1",
+        "OPENBLAS_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+    }
+
+
+def heavy_imports(sources: Iterable[str], root: Path) -> list[str]:
+    """这些代码（连同它们 import 的本地模块）会用到哪些重模块。"""
+    found: set[str] = set()
+    seen: set[Path] = set()
+    stack = list(sources)
+    while stack:
+        try:
+            tree = ast.parse(stack.pop())
+        except SyntaxError:
+            continue
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Import):
+                names = [a.name for a in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                names = [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
+            else:
+                continue
+            for name in names:
+                found.add(name.split(".")[0])
+                base = root / "examples" / name.replace(".", "/")
+                for path in (base.with_suffix(".py"), base / "__init__.py"):
+                    if path.is_file() and path not in seen:
+                        seen.add(path)
+                        stack.append(path.read_text("utf-8"))
+    return sorted(found & HEAVY.keys())
+
+
+def describe_block(block: Block, unit: Unit) -> dict[str, Any]:
+    """块里影响执行结果的部分；``file``、``line`` 只用于报错，不进缓存键。"""
+    file, line = block.code_start
+    return {
+        "lang": block.lang,
+        "source": block.source,
+        "raises": bool(block.raises),
+        "timeout": block.timeout,
+        "memory": block.memory,
+        "echo": unit.kind == "example",
+        "file": file,
+        "line": line,
+    }
+
+
+class ZygoteExecutor(Executor):
+    """把作业交给本机的 zygote；``submit(run, job)`` 的 ``run`` 只是接口需要，作业一律由 zygote 执行。"""
+
+    def __init__(self, root: Path, workers: int) -> None:
+        self.root, self.workers = root, workers
+        self._futures: dict[str, tuple[Future, dict[str, Any]]] = {}
+        self._process: subprocess.Popen[bytes] | None = None
+        self._lock = threading.Lock()
+        self._count = 0
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future:
+        (job,) = args
+        future: Future = Future()
+        with self._lock:
+            if self._process is None:
+                self._start()
+            self._count += 1
+            job = job | {
+                "id": str(self._count),
+                "spool": str(self._spool / str(self._count)),
+                "cwd": tempfile.mkdtemp(prefix="zhixing-"),
+            }
+            self._futures[job["id"]] = (future, job)
+            try:
+                self._process.stdin.write((json.dumps(job) + "\n").encode())
+                self._process.stdin.flush()
+            except BrokenPipeError:
+                pass  # 读线程会发现它死了，并给每个作业一个说法
+        return future
+
+    def _start(self) -> None:
+        self._spool = Path(tempfile.mkdtemp(prefix="zhixing-spool-"))
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "zhixing.zygote", str(self.workers)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=clean_environment(self.root),
+            cwd=self.root,
+        )
+        self._reader = threading.Thread(target=self._read, args=(self._process, self._spool), daemon=True)
+        self._reader.start()
+
+    def _read(self, process: subprocess.Popen[bytes], spool: Path) -> None:
+        for line in process.stdout:
+            event = json.loads(line)
+            future, job = self._futures.pop(event["id"])
+            try:
+                future.set_result(_collect(job, event))
+            except BaseException as error:
+                future.set_exception(error)
+            finally:
+                shutil.rmtree(job["cwd"], ignore_errors=True)
+        code = process.wait()
+        with self._lock:
+            self._process = None
+            left, self._futures = list(self._futures.values()), {}
+        shutil.rmtree(spool, ignore_errors=True)
+        for future, job in left:
+            shutil.rmtree(job["cwd"], ignore_errors=True)
+            future.set_exception(RuntimeError(f"执行进程意外退出（{code}）"))
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        with self._lock:
+            process = self._process
+        if process is None:
+            return
+        process.stdin.close()
+        if cancel_futures:
+            process.terminate()
+        if wait:
+            process.wait()
+            self._reader.join()
+
+
+def _collect(job: dict[str, Any], event: dict[str, Any]) -> dict[str, Any]:
+    """读出一个子进程留下的结果；它死了就由最后的位置给出文件与行。"""
+    base = Path(job["spool"])
+    try:
+        payload = json.loads((base.with_suffix(".json")).read_text("utf-8"))
+    except ValueError:
+        payload = None
+    output = (base.with_suffix(".out")).read_text("utf-8", "replace")[-20000:]
+    for kind in (".json", ".out", ".progress"):
+        base.with_suffix(kind).unlink(missing_ok=True)
+    if payload is not None and event["status"] == 0:
+        return payload
+    k = max(event["block"], 0)
+    block = job["blocks"][k]
+    line = _last_line(output, block["file"]) or block["line"]
+    status = event["status"]
+    if event["late"]:
+        code, kind, message = "R304", "Timeout", f"超过 {block['timeout']:g} 秒，已强行结束"
+    else:
+        death = f"信号 {-status}" if status < 0 else f"退出码 {status}"
+        code, kind, message = "R305", "Died", f"进程意外结束（{death}）"
+    error = {"code": code, "type": kind, "message": message, "file": block["file"], "line": line, "detail": output}
+    blocks = [{"out": "", "error": None, "seconds": 0.0, "figs": []} for _ in range(k)]
+    blocks.append({"out": "", "error": error, "seconds": 0.0, "figs": []})
+    return {"blocks": blocks, "deps": [], "figures": {}, "metrics": {}, "isolation": "", "truncated": True}
+
+
+def _last_line(output: str, file: str) -> int | None:
+    """从 faulthandler 的回溯里找出本文件的行号（非 ASCII 路径会写成转义）。"""
+    escaped = file.encode("ascii", "backslashreplace").decode()
+    for text in output.splitlines():
+        for name in (file, escaped):
+            prefix = f'File "{name}", line '
+            if prefix in text:
+                return int(text.partition(prefix)[2].split()[0].rstrip(","))
+    return None
+
+
+class Engine:
+    """核对一批单元；zygote 可以跨多次调用常驻（``mkdocs serve``）。"""
+
+    def __init__(self, root: Path, *, workers: int | None = None, cache: bool = True) -> None:
+        self.root = root
+        self.cache = Cache(root / ".cache" / "zhixing" / "results", root)
+        self.use_cache = cache
+        self.executor: Executor = ZygoteExecutor(root, workers or len(os.sched_getaffinity(0)))
+
+    def job(self, unit: Unit) -> dict[str, Any]:
+        blocks = [describe_block(block, unit) for block in unit.blocks]
+        return {
+            "file": unit.file,
+            "root": str(self.root),
+            "blocks": blocks,
+            "needs": heavy_imports((b["source"] for b in blocks if b["lang"] in ("python", "pycon")), self.root),
+        }
+
+    def unit_key(self, unit: Unit) -> str:
+        described = [describe_block(block, unit) for block in unit.blocks]
+        return key([unit.file, [{k: v for k, v in b.items() if k not in ("file", "line")} for b in described]])
+
+    def check(self, units: list[Unit], progress: Callable[[Outcome], None] = lambda _: None) -> list[Outcome]:
+        """执行（或取缓存）并核对；返回顺序与输入一致。"""
+        outcomes: dict[str, Outcome] = {}
+        waiting: dict[Future, tuple[Unit, str, str]] = {}
+        for unit in units:
+            unit_key = self.unit_key(unit)
+            payload, why = self.cache.load(unit.file, unit_key) if self.use_cache else (None, "没有使用缓存")
+            if payload is None and unit.blocks:
+                waiting[self.executor.submit(None, self.job(unit))] = (unit, unit_key, why)
+            else:
+                payload = payload or {"blocks": [], "figures": {}, "metrics": {}, "isolation": ""}
+                outcomes[unit.file] = self._finish(unit, payload, True, why, progress)
+        from concurrent.futures import as_completed
+
+        for future in as_completed(waiting):
+            unit, unit_key, why = waiting[future]
+            payload = future.result()
+            outcome = self._finish(unit, payload, False, why, progress)
+            executed = len(payload["blocks"]) == len(unit.blocks) and not payload.get("truncated")
+            failed = any(p.code not in ("R302", "R307") for p in outcome.problems)
+            if executed and not failed:
+                deps = payload.pop("deps")
+                self.cache.store(unit.file, unit_key, payload, deps)
+            outcomes[unit.file] = outcome
+        return [outcomes[unit.file] for unit in units]
+
+    def _finish(
+        self, unit: Unit, payload: dict[str, Any], cached: bool, why: str, progress: Callable[[Outcome], None]
+    ) -> Outcome:
+        outcome = Outcome(unit, payload, cached, why)
+        for block, result in zip(unit.blocks, payload["blocks"], strict=False):
+            outcome.problems += verify(block, result, figures_declared=unit.kind == "page")
+        progress(outcome)
+        return outcome
+
+    def close(self) -> None:
+        self.executor.shutdown()

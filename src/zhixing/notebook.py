@@ -1,0 +1,210 @@
+"""示例 notebook：``examples/<id>.py`` 是 jupytext percent 格式的真文件，由同一个引擎执行。"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import yaml
+
+from zhixing.blocks import DEFAULT_MEMORY, Block, read_text
+from zhixing.errors import ContentError, Problem
+
+_HEADER = re.compile(r"\A# ---\n((?:#.*\n)*?)# ---\n")
+_CELL = re.compile(r"^# %%(?P<kind> \[markdown\])?[^\n]*$")
+_FIELDS = {"id", "title", "needs", "timeout", "memory_mib"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    kind: str  # markdown 或 code
+    source: str
+    line: int  # 首行（1 起）
+
+
+@dataclass
+class Example:
+    """一个示例：元数据、全部单元格、可执行的块。"""
+
+    file: str
+    id: str
+    title: str
+    needs: list[str] = field(default_factory=list)
+    cells: list[Cell] = field(default_factory=list)
+    blocks: list[Block] = field(default_factory=list)
+
+
+def find(root: Path) -> list[Path]:
+    """全部示例文件：``examples/`` 顶层带 zhixing 头部的 ``.py``。"""
+    return [p for p in sorted((root / "examples").glob("*.py")) if p.read_bytes().startswith(b"# ---\n")]
+
+
+def load(path: Path, root: Path) -> Example:
+    """解析一个示例。
+
+    Raises:
+        ContentError: 头部缺失、字段不合法。
+    """
+    file = path.relative_to(root).as_posix()
+    text = read_text(path, file)
+
+    def bad(reason: str, line: int = 1) -> ContentError:
+        return ContentError([Problem(file, line, "E602", reason)])
+
+    header = _HEADER.match(text)
+    if not header:
+        raise bad("文件开头缺少 # --- 头部")
+    try:
+        meta = yaml.safe_load(re.sub(r"^# ?", "", header[1], flags=re.M))["zhixing"]
+        example, title = meta["id"], meta["title"]
+    except (yaml.YAMLError, TypeError, KeyError) as error:
+        raise bad(f"头部应含 zhixing: id 与 title（{error!r}）") from None
+    if unknown := set(meta) - _FIELDS:
+        raise bad(f"头部有未知字段 {'、'.join(sorted(unknown))}")
+    if example != path.stem:
+        raise bad(f"id {example!r} 与文件名 {path.stem!r} 不一致")
+    result = Example(file, example, title, list(meta.get("needs") or []))
+    timeout = float(meta.get("timeout", 120))
+    memory = int(meta.get("memory_mib", DEFAULT_MEMORY >> 20)) << 20
+    result.cells = split_cells(text)
+    for cell in result.cells:
+        if cell.kind == "code" and cell.source.strip():
+            result.blocks.append(
+                Block(file, cell.line - 1, 0, "python", cell.source, timeout=timeout, memory=memory)
+            )
+    return result
+
+
+def split_cells(text: str) -> list[Cell]:
+    """按 ``# %%`` 切开；``[markdown]`` 单元格去掉每行开头的 ``# ``。"""
+    lines = text.split("\n")
+    marks = [i for i, line in enumerate(lines) if _CELL.match(line)]
+    cells = []
+    for start, end in zip(marks, [*marks[1:], len(lines)], strict=True):
+        body = lines[start + 1 : end]
+        while body and not body[-1].strip():
+            body.pop()
+        first = start + 2
+        while body and not body[0].strip():
+            body.pop(0)
+            first += 1
+        markdown = bool(_CELL.match(lines[start])["kind"])
+        if markdown:
+            body = [re.sub(r"^# ?", "", line) for line in body]
+        if body:
+            cells.append(Cell("markdown" if markdown else "code", "\n".join(body), first))
+    return cells
+
+
+# ---- 变成 .ipynb，交给 mkdocs-jupyter 渲染 ----
+
+_MATH = re.compile(r"\$\$(?P<display>.+?)\$\$|(?<![\\$\w])\$(?P<inline>[^\s$](?:[^$\n]*[^\s$])?)\$(?!\d)", re.S)
+_TOKEN = "ZXMATH{}ZX"
+
+
+def to_ipynb(
+    example: Example, results: list[dict], figure_html: Callable[[str, int, int], str], problems: list[Problem]
+) -> tuple[str, list[str]]:
+    """执行结果写成 notebook。
+
+    公式先换成占位符，渲染完再由 :func:`finish_html` 换回 KaTeX 的 HTML——
+    nbconvert 自己的公式要靠 MathJax，离线看不到。
+
+    Args:
+        example: 示例。
+        results: 每个可执行单元格的结果。
+        figure_html: ``(svg, 第几格, 第几张) -> HTML``。
+        problems: 公式错误登记在这里。
+
+    Returns:
+        ``(notebook 的 JSON, 每个占位符对应的 HTML)``。
+    """
+    import nbformat
+
+    formulas: list[str] = []
+    cells = []
+    outcomes = iter(results)
+    for index, cell in enumerate(example.cells):
+        if cell.kind == "markdown":
+            cells.append(nbformat.v4.new_markdown_cell(_stash_math(example.file, cell, formulas, problems), id=f"c{index}"))
+            continue
+        result = next(outcomes, None)
+        outputs = []
+        if result is not None:
+            if result["out"].strip():
+                outputs.append(nbformat.v4.new_output("stream", name="stdout", text=result["out"]))
+            for i, svg in enumerate(result["figs"]):
+                data = {"text/html": figure_html(svg, index, i), "text/plain": "<Figure>"}
+                outputs.append(nbformat.v4.new_output("display_data", data=data))
+        cells.append(nbformat.v4.new_code_cell(cell.source, outputs=outputs, id=f"c{index}"))
+    book = nbformat.v4.new_notebook(cells=cells)
+    book.metadata["kernelspec"] = {"name": "python3", "display_name": "Python 3", "language": "python"}
+    book.metadata["title"] = example.title
+    return nbformat.writes(book), formulas
+
+
+def _stash_math(file: str, cell: Cell, formulas: list[str], problems: list[Problem]) -> str:
+    from zhixing.formula import FormulaError, render
+
+    def replace(match: re.Match[str]) -> str:
+        display = match["display"] is not None
+        try:
+            rendered = render((match["display"] or match["inline"]).strip(), display)
+        except FormulaError as error:
+            line = cell.line + cell.source.count("\n", 0, match.start())
+            problems.append(Problem(file, line, "M401", str(error)))
+            rendered = ""
+        formulas.append(rendered)
+        return _TOKEN.format(len(formulas) - 1)
+
+    for i, line in enumerate(cell.source.split("\n")):
+        if line.startswith("#") and _MATH.search(line):
+            problems.append(Problem(file, cell.line + i, "M402", "示例的标题里有公式"))
+    parts = re.split(r"(```.*?```|`[^`\n]+`)", cell.source, flags=re.S)
+    parts[::2] = [_MATH.sub(replace, part) for part in parts[::2]]
+    return "".join(parts)
+
+
+def finish_html(body: str, formulas: list[str], slugify: Callable[[str, str], str]) -> tuple[str, list[dict], str]:
+    """修整 mkdocs-jupyter 渲染出的正文。
+
+    提出每页重复的样式、去掉脚本、换回公式、给中文标题正确的锚点、登记代码块。
+
+    Returns:
+        ``(HTML, 目录 token, 提出来的样式)``。
+    """
+    styles = re.findall(r"<style[^>]*>(.*?)</style>", body, re.S)
+    body = re.sub(r"<style[^>]*>.*?</style>|<script[^>]*>.*?</script>|<link[^>]*>", "", body, flags=re.S)
+    for i, formula in enumerate(formulas):
+        body = body.replace(f"<p>{_TOKEN.format(i)}</p>", formula).replace(_TOKEN.format(i), formula)
+    tokens: list[dict] = []
+    used: set[str] = set()
+
+    def heading(match: re.Match[str]) -> str:
+        level, inner = int(match["level"]), re.sub(r'<a class="anchor-link".*?</a>', "", match["inner"], flags=re.S)
+        name = re.sub(r"<[^>]+>", "", inner).strip()
+        anchor = base = slugify(name, "-") or "section"
+        suffix = 1
+        while anchor in used:
+            suffix += 1
+            anchor = f"{base}-{suffix}"
+        used.add(anchor)
+        tokens.append({"level": level, "id": anchor, "name": name, "html": name, "data-toc-label": "", "children": []})
+        link = f'<a class="headerlink" href="#{anchor}" title="永久链接">¶</a>'
+        return f'<h{level} id="{anchor}">{inner}{link}</h{level}>'
+
+    body = re.sub(r"<h(?P<level>[1-6])[^>]*>(?P<inner>.*?)</h(?P=level)>", heading, body, flags=re.S)
+    return body, _nest(tokens), "\n".join(styles)
+
+
+def _nest(tokens: list[dict]) -> list[dict]:
+    root: list[dict] = []
+    path: list[dict] = []
+    for token in tokens:
+        while path and path[-1]["level"] >= token["level"]:
+            path.pop()
+        (path[-1]["children"] if path else root).append(token)
+        path.append(token)
+    return root

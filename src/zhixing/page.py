@@ -1,0 +1,195 @@
+"""把扫描与执行的结果放进页面：superfences 渲染到哪一块，就接上那一块的输出、图与标记。
+
+渲染时看到的每一块都要能在静态扫描里按行号找到，反之亦然；对不上是错误（B211）。
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from markdown import Markdown
+from markdown.extensions import Extension
+from pymdownx.superfences import SuperFencesException
+
+from zhixing import diagram
+from zhixing.blocks import DISPLAY_ONLY, EXECUTABLE, Block
+from zhixing.context import PageContext, current
+from zhixing.errors import Problem
+from zhixing.formula import FormulaError
+from zhixing.formula import render as render_formula
+from zhixing.inline import images
+from zhixing.questions import Meta
+
+_CAPTION = re.compile(r"\$([^$]+)\$|`([^`]+)`")
+
+
+@dataclass
+class Page(PageContext):
+    """一页渲染时要用到的一切。
+
+    Attributes:
+        blocks: 围栏所在行 -> 静态扫描到的块。
+        results: 围栏所在行 -> 执行结果。
+        offset: Markdown 正文第 0 行对应源文件的行号减一（可为负：前面插了摘要）。
+        rendered: 渲染时遇到的围栏所在行。
+    """
+
+    blocks: dict[int, Block] = field(default_factory=dict)
+    results: dict[int, dict[str, Any]] = field(default_factory=dict)
+    offset: int = 0
+    rendered: set[int] = field(default_factory=set)
+
+
+def wrap(meta: Meta, body: str) -> tuple[str, int]:
+    """用 front matter 生成页首与页尾；返回 ``(Markdown, 页首占的行数)``。"""
+    head = ['<div class="zx-meta" markdown="1">', f"{meta.level} · {meta.origin}", "</div>", ""]
+    head += ['!!! abstract "30 秒答案"', "", *_indent(meta.brief), ""]
+    if meta.questions:
+        head += ["面试官会这样问：", "", *(f"- [{q.ask}]({q.answer})" for q in meta.questions), ""]
+    tail: list[str] = [""]
+    if meta.followups:
+        tail += ["", "## 追问 {#followups}", ""]
+        for item in meta.followups:
+            tail += [f'??? question "{item.ask.replace(chr(34), "“")}"', "", *_indent(item.answer), ""]
+    if meta.refs:
+        tail += ["## 参考 {#references}", "", *(f"- {_reference(ref)}" for ref in meta.refs), ""]
+    return "\n".join([*head, body, *tail]), len(head)
+
+
+def _indent(text: str) -> list[str]:
+    return ["    " + line if line else "" for line in text.split("\n")]
+
+
+def _reference(ref: str) -> str:
+    """``arXiv:2106.09685 标题`` 与含网址的文字变成链接，其余照写。"""
+    match = re.match(r"arXiv:(\d{4}\.\d{4,5})(?:v\d+)?\s*(.*)$", ref)
+    if match:
+        return f"{match[2]} [arXiv:{match[1]}](https://arxiv.org/abs/{match[1]})".strip()
+    return re.sub(r"https?://[^\s，。；）]+", lambda m: f"<{m.group()}>", ref)
+
+
+class BlocksExtension(Extension):
+    """在 ``mkdocs.yml`` 里写作 ``zhixing.page``，放在 ``pymdownx.superfences`` 之后。"""
+
+    def extendMarkdown(self, md: Markdown) -> None:
+        fences = md.preprocessors["fenced_code_block"]
+        process = fences.process_nested_block
+
+        def remember(ws: str, content: str, start: int, end: int) -> None:
+            fences.zhixing_start = start
+            process(ws, content, start, end)
+
+        fences.process_nested_block = remember
+        # superfences 从后往前试，最后加入的先被问到；什么语言、什么选项都收下，
+        # 选项由静态扫描校验——默认的校验遇到未知选项会丢掉围栏，还把后面的代码与正文颠倒
+        fences.extension.superfences.append(
+            {
+                "name": "zhixing",
+                "test": lambda language: True,
+                "validator": lambda language, inputs, options, attrs, md: options.update(inputs) or True,
+                "formatter": _format,
+                "reset": None,
+            }
+        )
+
+
+def _format(src: str, language: str, options: dict[str, Any], md: Markdown, **kwargs: Any) -> str:
+    fences = md.preprocessors["fenced_code_block"]
+    fences.get_hl_settings()
+    page = current.get()
+    start = fences.zhixing_start
+    if not isinstance(page, Page):
+        block = None
+    else:
+        line = start + 1 + page.offset
+        page.rendered.add(line)
+        block = page.blocks.get(line)
+        if block is None:
+            page.problems.append(
+                Problem(page.file, max(line, 1), "B211", "构建时渲染了静态扫描没有找到的代码块")
+            )
+    if block is None:
+        return _highlight(fences, src, language, {}, md, kwargs)
+    try:
+        return _render(fences, block, options, md, kwargs, page)
+    except Exception as error:  # superfences 会吞掉一般异常并丢掉围栏
+        raise SuperFencesException(f"{block.file}:{block.line}: {error!r}") from error
+
+
+def _render(fences: Any, block: Block, options: dict[str, Any], md: Markdown, kwargs: Any, page: Page) -> str:
+    if block.lang == "mermaid":
+        return f'<div class="zx-block" data-zx="{block.line}">{diagram.render(block.source, line=block.line, ctx=page)}</div>'
+    visible = {k: v for k, v in options.items() if k in ("title", "hl_lines", "linenums")}
+    lang = block.lang if block.lang in EXECUTABLE or block.lang in DISPLAY_ONLY else "text"
+    if block.origin:
+        visible.setdefault("title", block.origin[0])
+    parts = [_highlight(fences, block.source, lang, visible, md, kwargs)]
+    result = page.results.get(block.line)
+    if block.skip:
+        parts.append(_badge("skip", f"未执行：{block.skip}"))
+    elif result is not None:
+        parts.append(_badge("pass", _passed(block, result), f"构建时执行，{_duration(result['seconds'])}"))
+        if block.output == "show" and result["out"].strip():
+            shown = _highlight(fences, result["out"].rstrip(), "text", {"title": "输出（本次构建）"}, md, kwargs)
+            parts.append(f'<div class="zx-output">{shown}</div>')
+        for i, svg in enumerate(result["figs"]):
+            stem = page.file.removeprefix("docs/").removesuffix(".md")
+            figure = page.artifacts.publish(f"{stem}/{len(page.rendered)}-{i}", svg)
+            caption = f"<figcaption>{_caption(block.fig)}</figcaption>" if i == 0 else ""
+            parts.append(f'<figure class="zx-figure">{images(figure, _plain(block.fig), page)}{caption}</figure>')
+    kind = " zx-expected" if block.bound else ""
+    return f'<div class="zx-block{kind}" data-zx="{block.line}">{"".join(parts)}</div>'
+
+
+def _highlight(fences: Any, src: str, language: str, options: dict[str, Any], md: Markdown, kwargs: Any) -> str:
+    return fences.highlight(
+        src=src,
+        language=language,
+        options=dict(options),
+        md=md,
+        classes=kwargs.get("classes"),
+        id_value=kwargs.get("id_value", ""),
+        attrs={},
+    )
+
+
+def _badge(kind: str, text: str, title: str = "") -> str:
+    # 自定义元素：Material 的索引器按标签名配对来跳过，用 span 会被内层的 span 提前结束
+    tip = f' title="{html.escape(title)}"' if title else ""
+    return f'<zx-badge class="zx-badge zx-badge--{kind}" data-search-exclude{tip}>{html.escape(text)}</zx-badge>'
+
+
+def _passed(block: Block, result: dict[str, Any]) -> str:
+    if block.raises:
+        return f"已运行，按声明抛出 {block.raises.partition(':')[0]}" if block.lang != "bash" else f"已运行，按声明 {block.raises}"
+    return "已运行，输出一致" if block.expected else "已运行"
+
+
+def _duration(seconds: float) -> str:
+    for limit in (0.1, 1, 10):
+        if seconds < limit:
+            return f"不到 {limit:g} 秒"
+    return f"约 {seconds:.0f} 秒"
+
+
+def _caption(text: str) -> str:
+    def replace(match: re.Match[str]) -> str:
+        if match[2] is not None:
+            return f"<code>{html.escape(html.unescape(match[2]))}</code>"
+        try:
+            return render_formula(html.unescape(match[1]))
+        except FormulaError:
+            return match[0]
+
+    return _CAPTION.sub(replace, html.escape(text, quote=False))
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"[$`]", "", text)
+
+
+def makeExtension(**kwargs: Any) -> BlocksExtension:
+    return BlocksExtension(**kwargs)

@@ -1,0 +1,89 @@
+"""由数据生成的页面：题目索引、验证报告、验证规则，以及导航。"""
+
+from __future__ import annotations
+
+from zhixing import report
+from zhixing.errors import RULES
+from zhixing.project import Project
+from zhixing.questions import LEVELS, SECTIONS, Meta
+
+
+def _by_section(project: Project) -> dict[str, list[Meta]]:
+    grouped: dict[str, list[Meta]] = {section: [] for section in SECTIONS}
+    for meta in project.metas.values():
+        if meta.section in grouped and meta.level in LEVELS:
+            grouped[meta.section].append(meta)
+    for metas in grouped.values():
+        metas.sort(key=lambda m: (LEVELS.index(m.level), m.id))
+    return {section: metas for section, metas in grouped.items() if metas}
+
+
+def nav(project: Project) -> list:
+    """MkDocs 的 ``nav``。"""
+    entries: list = [{"首页": "index.md"}]
+    for section, metas in _by_section(project).items():
+        entries.append({SECTIONS[section]: [m.file.removeprefix("docs/") for m in metas]})
+    if project.examples:
+        entries.append({"示例": [f"examples/{example}.ipynb" for example in sorted(project.examples)]})
+    entries.append({"索引": ["questions.md", "tags.md", "report.md", "rules.md"]})
+    return entries
+
+
+def generated(project: Project) -> dict[str, str]:
+    """``docs/`` 内的路径 -> Markdown。"""
+    return {"questions.md": _questions(project), "report.md": _report(project), "rules.md": _rules()}
+
+
+def _questions(project: Project) -> str:
+    lines = ["---", "title: 题目索引", "---", "", "每一问都指向正文里的答案；折叠的追问在各页末尾。", ""]
+    for section, metas in _by_section(project).items():
+        lines += [f"## {SECTIONS[section]} {{#{section}}}", ""]
+        for meta in metas:
+            path = meta.file.removeprefix("docs/")
+            lines += [f"### [{meta.title}]({path}) {{#{meta.id}}}", "", f"{meta.level} · {meta.origin}", ""]
+            lines += [f"- [{q.ask}]({path}{q.answer})" for q in meta.questions]
+            lines.append("")
+    return "\n".join(lines)
+
+
+def _report(project: Project) -> str:
+    summary = report.summarize(project)
+    total = summary["total"]
+    lines = [
+        "---",
+        "title: 验证报告",
+        "---",
+        "",
+        "构建这个站点时，下面每一页的代码块都真的执行并核对过；有一块不过，站点就不会生成。",
+        "",
+        f"合计 {total.get('run', 0)} 块跑过，{total.get('skipped', 0)} 块带理由跳过，"
+        f"{total.get('shown', 0)} 块属于只显示的语言。",
+        "",
+        "| 页面 | 跑过 | 跳过 | 只显示 | 执行耗时 |",
+        "|---|--:|--:|--:|--:|",
+    ]
+    skipped = []
+    for row in summary["pages"]:
+        file = row["file"]
+        target = file.removeprefix("docs/") if row["kind"] == "page" else file.removesuffix(".py") + ".ipynb"
+        lines.append(
+            f"| [{file}]({target}) | {row['run']} | {len(row['skipped'])} | {row['shown']} | {row['seconds']:.1f} 秒 |"
+        )
+        skipped += [f"- `{file}:{item['line']}`：{item['reason']}" for item in row["skipped"]]
+    lines += ["", "## 跳过的代码块与理由 {#skipped}", "", *(skipped or ["没有。"]), ""]
+    return "\n".join(lines)
+
+
+def _rules() -> str:
+    lines = [
+        "---",
+        "title: 验证规则",
+        "---",
+        "",
+        "报错写作 `文件:行: 编号 原因`。编号一经使用不再改变含义。",
+        "",
+        "| 编号 | 含义 | 怎么改 |",
+        "|---|---|---|",
+    ]
+    lines += [f"| {code} | {meaning} | {fix.replace('|', chr(92) + '|')} |" for code, (meaning, fix) in RULES.items()]
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,103 @@
+"""项目：有哪些页面、示例，静态扫描与校验的结果，以及执行它们。"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+from zhixing import blocks, notebook, questions
+from zhixing.artifacts import Artifacts
+from zhixing.errors import ContentError, Problem
+from zhixing.execute import Engine, Outcome, Unit
+
+MAX_SKIPPED = 20  # 全站跳过的代码块上限：跳过是例外，不是习惯
+
+
+def find_root(start: Path | None = None) -> Path:
+    """向上找到放着 ``mkdocs.yml`` 的目录。
+
+    Raises:
+        FileNotFoundError: 找不到。
+    """
+    here = (start or Path.cwd()).resolve()
+    for directory in (here, *here.parents):
+        if (directory / "mkdocs.yml").is_file():
+            return directory
+    raise FileNotFoundError(f"{here} 及其上级目录里没有 mkdocs.yml")
+
+
+@dataclass
+class Project:
+    """一次检查看到的全部内容。"""
+
+    root: Path
+    scans: dict[str, blocks.Scan] = field(default_factory=dict)
+    metas: dict[str, questions.Meta] = field(default_factory=dict)
+    examples: dict[str, notebook.Example] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
+    outcomes: dict[str, Outcome] = field(default_factory=dict)
+    artifacts: Artifacts = field(default_factory=Artifacts)
+
+    @classmethod
+    def load(cls, root: Path, only: Iterable[Path] | None = None) -> Project:
+        """扫描并静态校验；``only`` 限定页面（示例总是全部载入）。"""
+        project = cls(root)
+        paths = sorted(only) if only is not None else sorted((root / "docs").rglob("*.md"))
+        for path in paths:
+            project._guard(project._load_page, path)
+        for path in notebook.find(root):
+            project._guard(project._load_example, path)
+        questions.check_unique(list(project.metas.values()), project.problems)
+        project._check_skips()
+        return project
+
+    def _guard(self, load: Callable[[Path], None], path: Path) -> None:
+        try:
+            load(path)
+        except ContentError as error:
+            self.problems += error.problems
+
+    def _load_page(self, path: Path) -> None:
+        scan = blocks.scan(path, self.root)
+        self.scans[scan.file] = scan
+        self.problems += scan.problems
+        if questions.is_question_page(scan.file):
+            self.metas[scan.file] = questions.load(scan.file, scan.text, self.problems)
+
+    def _load_example(self, path: Path) -> None:
+        example = notebook.load(path, self.root)
+        self.examples[example.id] = example
+
+    def _check_skips(self) -> None:
+        skipped = [b for scan in self.scans.values() for b in scan.blocks if b.skip]
+        for block in skipped[MAX_SKIPPED:]:
+            self.problems.append(
+                Problem(block.file, block.line, "B210", f"全站已跳过 {len(skipped)} 块，上限 {MAX_SKIPPED}")
+            )
+
+    def execute(self, engine: Engine, progress: Callable[[Outcome], None] = lambda _: None) -> None:
+        """执行全部示例与页面；结果进 ``outcomes`` 与 ``artifacts``，问题进 ``problems``。"""
+        units = [Unit(e.file, e.blocks, "example") for e in self._ordered_examples()]
+        units += [Unit(s.file, [b for b in s.blocks if b.runs]) for s in self.scans.values()]
+        for outcome in engine.check(units, progress):
+            self.outcomes[outcome.unit.file] = outcome
+            self.problems += outcome.problems
+        for example in self.examples.values():
+            payload = self.outcomes[example.file].payload
+            self.artifacts.add_example(example.id, payload["figures"], payload["metrics"])
+
+    def _ordered_examples(self) -> list[notebook.Example]:
+        graph = {e.id: set(e.needs) for e in self.examples.values()}
+        for example in self.examples.values():
+            if missing := set(example.needs) - graph.keys():
+                reason = f"needs 里的示例不存在：{'、'.join(sorted(missing))}"
+                self.problems.append(Problem(example.file, 1, "E602", reason))
+        try:
+            order = list(TopologicalSorter(graph).static_order())
+        except CycleError as error:
+            cycle = " → ".join(error.args[1])
+            self.problems.append(Problem(self.examples[error.args[1][0]].file, 1, "E602", f"needs 成环：{cycle}"))
+            order = list(self.examples)
+        return [self.examples[i] for i in order if i in self.examples]

@@ -1,0 +1,221 @@
+"""只做 import 的单线程进程：每一页 fork 一个子进程，免去反复 import torch 的两秒。
+
+协议：标准输入一行一个 JSON 作业，标准输出一行一个 JSON 事件；标准输入关闭即收尾退出。
+它绝不执行任何算子——在多线程 OpenMP 之后 fork，子进程会永远挂住。
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import io
+import json
+import os
+import selectors
+import signal
+import sys
+import time
+from typing import Any
+
+from zhixing import runner
+
+# import 的重量，决定预载与调度的先后
+HEAVY = {"numpy": 1, "matplotlib": 2, "torch": 4}
+GRACE = 4.0  # 子进程自己的看门狗没能停下它时，再等这么久就杀
+
+
+def preload(module: str) -> None:
+    """import 一个重模块，并付清它第一次使用时的一次性开销。"""
+    importlib.import_module(module)
+    if module == "matplotlib":
+        from matplotlib import pyplot as plt
+
+        from zhixing import figures
+
+        figures.apply_style()
+        fig, ax = plt.subplots()  # 字体缓存、Agg 画布
+        ax.set_title("预热")
+        fig.savefig(io.StringIO(), format="svg")
+        plt.close(fig)
+    if module == "torch":
+        importlib.import_module("torch._dynamo")  # 首个优化器会惰性 import 它：0.7 秒
+        importlib.import_module("torch").set_num_threads(1)
+
+
+class Child:
+    """一个正在跑的页进程与它的三个文件。"""
+
+    def __init__(self, job: dict[str, Any]) -> None:
+        self.job = job
+        base = job["spool"]
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        self.progress, self.output, self.result = (
+            os.open(f"{base}.{kind}", flags | extra, 0o600)
+            for kind, extra in (("progress", os.O_APPEND), ("out", os.O_APPEND), ("json", 0))
+        )
+        if sys.platform == "linux":
+            threads = len(os.listdir("/proc/self/task"))
+            if threads != 1:
+                raise RuntimeError(f"fork 之前应只有一个线程，现有 {threads} 个")
+        self.pid = os.fork()
+        if self.pid == 0:
+            try:
+                signal.set_wakeup_fd(-1)
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+                runner.run(job, self.progress, self.output, self.result)
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+            finally:
+                os._exit(70)
+        os.close(self.result)
+
+    def overdue(self) -> bool:
+        _, deadline = self.position()
+        return deadline is not None and time.monotonic() > deadline + GRACE
+
+    def position(self) -> tuple[int, float | None]:
+        """``(正在跑的块序号, 截止时刻)``；还没开始第一块时是 ``(-1, None)``。"""
+        tail = os.pread(self.progress, 1 << 16, max(0, os.fstat(self.progress).st_size - 4096)).decode()
+        if not tail:
+            return -1, None
+        k, deadline = tail.rstrip("\n").rpartition("\n")[2].split()
+        return int(k), float(deadline)
+
+    def kill_group(self) -> None:
+        """杀掉它的进程组（它一开始就 setsid，组号等于进程号）。"""
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+
+    def close(self) -> None:
+        os.close(self.progress)
+        os.close(self.output)
+
+
+class Zygote:
+    """调度循环：读作业，按需预载，fork，收尸，报告。"""
+
+    def __init__(self, events: int, slots: int) -> None:
+        self.events, self.slots = events, slots
+        self.loaded: set[str] = set()
+        self.pending: list[dict[str, Any]] = []
+        self.running: dict[int, Child | None] = {}  # None：分出去跑轻作业的分身
+
+    def emit(self, **event: Any) -> None:
+        # 一行短于 PIPE_BUF，多个进程同写也不会交错
+        os.write(self.events, (json.dumps(event) + "\n").encode())
+
+    def schedule(self) -> None:
+        self.pending.sort(key=lambda job: sum(HEAVY[m] for m in job["needs"]))
+        while self.pending and len(self.running) < self.slots:
+            job = self.pending[0]
+            missing = sorted(set(job["needs"]) - self.loaded, key=HEAVY.__getitem__)
+            if missing:
+                for module in missing:
+                    preload(module)
+                    self.loaded.add(module)
+                continue
+            ready = [j for j in self.pending if set(j["needs"]) <= self.loaded]
+            if 1 < len(ready) < len(self.pending) and self.slots > 1:
+                # 轻作业交给一个分身去跑，自己同时 import 重模块
+                self.delegate(ready)
+                self.pending = [j for j in self.pending if j not in ready]
+            else:
+                child = Child(self.pending.pop(0))
+                self.running[child.pid] = child
+
+    def delegate(self, jobs: list[dict[str, Any]]) -> None:
+        pid = os.fork()
+        if pid:
+            self.running[pid] = None
+            return
+        try:
+            signal.set_wakeup_fd(-1)
+            double = Zygote(self.events, 1)
+            double.loaded, double.pending = self.loaded, list(jobs)
+            double.drain()
+        finally:
+            os._exit(0)
+
+    def drain(self) -> None:
+        """跑完手里的作业。"""
+        while self.pending or self.running:
+            self.schedule()
+            time.sleep(0.005)
+            self.reap()
+
+    def reap(self) -> None:
+        for pid, child in list(self.running.items()):
+            if child is not None and child.overdue():
+                child.kill_group()
+                os.kill(pid, signal.SIGKILL)  # 万一它还没来得及 setsid
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if not done:
+                continue
+            del self.running[pid]
+            if child is None:
+                continue
+            child.kill_group()  # 它留在后台的子进程
+            _reap_orphans(set(self.running))
+            k, deadline = child.position()
+            late = deadline is not None and time.monotonic() > deadline
+            self.emit(id=child.job["id"], status=os.waitstatus_to_exitcode(status), block=k, late=late)
+            child.close()
+
+
+def _reap_orphans(keep: set[int]) -> None:
+    """杀掉过继到我们名下的孙进程（它们用 setsid 逃出了进程组）。"""
+    if sys.platform != "linux":
+        return
+    me = str(os.getpid())
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit() or int(entry) in keep:
+            continue
+        try:
+            with open(f"/proc/{entry}/stat", "rb") as f:
+                parent = f.read().rpartition(b")")[2].split()[1].decode()
+            if parent == me:
+                os.kill(int(entry), signal.SIGKILL)
+                os.waitpid(int(entry), 0)
+        except (OSError, IndexError):
+            continue
+
+
+def main() -> None:
+    events = os.dup(1)
+    os.dup2(2, 1)
+    os.set_inheritable(events, False)
+    os.set_blocking(0, False)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER：孤儿过继给我们
+    zygote = Zygote(events, int(sys.argv[1]))
+    wake_read, wake_write = os.pipe()
+    os.set_blocking(wake_read, False)
+    os.set_blocking(wake_write, False)
+    signal.set_wakeup_fd(wake_write)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    selector = selectors.DefaultSelector()
+    selector.register(0, selectors.EVENT_READ)
+    selector.register(wake_read, selectors.EVENT_READ)
+    buffer, closed = b"", False
+    while not closed or zygote.pending or zygote.running:
+        for key, _ in selector.select(timeout=0.25 if zygote.running else None):
+            if key.fd == wake_read:
+                os.read(wake_read, 4096)
+                continue
+            data = os.read(0, 1 << 20)
+            if not data:
+                closed = True
+                selector.unregister(0)
+                break
+            *lines, buffer = (buffer + data).split(b"\n")
+            zygote.pending += map(json.loads, lines)
+        zygote.reap()
+        zygote.schedule()
+
+
+if __name__ == "__main__":
+    main()
