@@ -68,10 +68,9 @@ def _steps(s, t, x):
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
         raise ValueError("数据必须是浮点张量")
     if not isinstance(t, torch.Tensor):
-        try:
-            t = torch.tensor(operator.index(t))
-        except TypeError:
-            raise ValueError(f"步号 t 必须是整数或整型张量，收到 {t!r}") from None
+        if isinstance(t, bool) or not hasattr(t, "__index__"):
+            raise ValueError(f"步号 t 必须是整数或整型张量，收到 {t!r}")
+        t = torch.tensor(operator.index(t))
     if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
         raise ValueError(f"步号 t 必须是整型，收到 {t.dtype}")
     if t.ndim > 0 and t.shape != x.shape[:1]:

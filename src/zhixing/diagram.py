@@ -6,6 +6,7 @@ PDF 版换成实色，文字用 SVG 文本而不是 foreignObject。
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import html
 import json
@@ -126,7 +127,7 @@ def _engine(for_print: bool) -> Any:
                 "font_family": _PRINT_FONT if for_print else "inherit",
             }
         },
-        "svg": {"pipeline": "parity"},
+        "svg": {"pipeline": "resvg-safe" if for_print else "parity"},
         "site_config": {
             "look": "classic",
             "layout": "dagre",  # 保持源码里的左右次序；merman 缺省的 elk 会重排
@@ -137,6 +138,9 @@ def _engine(for_print: bool) -> Any:
         },
     }
     return merman.MermanEngine(json.dumps(options), None)
+
+
+atexit.register(_engine.cache_clear)  # 等解释器拆掉模块之后再析构，merman 会报错
 
 
 def _theme_variables() -> dict[str, Any]:

@@ -1,0 +1,305 @@
+"""变异检查：把页面的代码改坏一处，看有没有断言变红。没红的是“幸存者”——那句话没有被证明。
+
+只改“论断依赖的代码”：断言自己、画图、打印、随机种子、超参赋值与文档字符串不动，
+因为改坏它们要么必然变红，要么本来就不该影响结论。
+"""
+
+from __future__ import annotations
+
+import ast
+import copy
+import random
+from collections.abc import Iterator
+from concurrent.futures import as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from zhixing.execute import Engine, Unit
+from zhixing.project import Project
+
+_SWAP: dict[type, type] = {
+    ast.Add: ast.Sub,
+    ast.Sub: ast.Add,
+    ast.Mult: ast.Div,
+    ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult,
+    ast.Mod: ast.Mult,
+    ast.Pow: ast.Mult,
+    ast.Lt: ast.GtE,
+    ast.LtE: ast.Gt,
+    ast.Gt: ast.LtE,
+    ast.GtE: ast.Lt,
+    ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq,
+    ast.In: ast.NotIn,
+    ast.NotIn: ast.In,
+    ast.Is: ast.IsNot,
+    ast.IsNot: ast.Is,
+    ast.And: ast.Or,
+    ast.Or: ast.And,
+}
+# 去掉这一步：f(x) -> x，x.f() -> x
+_STRIP = {"sqrt", "rsqrt", "exp", "log", "abs", "softmax", "log_softmax", "sigmoid", "relu", "silu", "detach", "clamp",
+          "flip", "sort", "sorted", "cumsum", "cumprod", "normalize", "no_grad", "reversed", "set"}  # fmt: skip
+_PLOTTING = {"plt", "ax", "axes", "fig", "axs", "left", "right", "zhixing"}
+_IGNORED_CALLS = {"manual_seed", "seed", "default_rng", "Generator", "print", "set_num_threads", "figure", "metric"}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """一处改动。``block`` 是它在单元里的序号；``module`` 非空时改的是被 import 的本地模块。"""
+
+    file: str
+    line: int
+    what: str
+    source: str
+    block: int = 0
+    module: str = ""
+
+
+def mutants_of(source: str) -> Iterator[tuple[int, str, str]]:
+    """逐个给出 ``(行号, 说明, 改坏后的代码)``；行号从 1 数起。"""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:
+        return
+    targets = list(_targets(tree))
+    for index in range(len(targets)):
+        fresh = copy.deepcopy(tree)
+        node, parent, kind = list(_targets(fresh))[index]
+        line = node.lineno
+        before = ast.unparse(node)
+        replacement = _apply(node, parent, kind)
+        after = ast.unparse(replacement) if replacement is not None else "（删掉）"
+        yield line, f"{_short(before)} → {_short(after)}", ast.unparse(ast.fix_missing_locations(fresh))
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 48 else text[:47] + "…"
+
+
+def _targets(tree: ast.AST) -> Iterator[tuple[Any, Any, str]]:
+    """可以改坏的 ``(节点, 父节点, 种类)``；顺序确定。"""
+    stack: list[tuple[ast.AST, ast.AST]] = [(tree, tree)]
+    while stack:
+        node, parent = stack.pop()
+        if _untouchable(node):
+            continue
+        if isinstance(node, ast.BinOp) and type(node.op) in _SWAP and not _is_text(node):
+            yield node, parent, "op"
+        elif isinstance(node, ast.Compare) and type(node.ops[0]) in _SWAP:
+            yield node, parent, "op"
+        elif isinstance(node, ast.BoolOp):
+            yield node, parent, "op"
+        elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Not)):
+            yield node, parent, "unary"
+        elif isinstance(node, ast.Constant) and _is_number(node.value) and isinstance(
+            parent, (ast.BinOp, ast.Compare, ast.Subscript, ast.Slice)
+        ):
+            yield node, parent, "constant"
+        elif isinstance(node, ast.AugAssign) and type(node.op) in _SWAP:
+            yield node, parent, "op"
+        if isinstance(node, ast.Call) and _called(node) in _STRIP and (
+            node.args or isinstance(node.func, ast.Attribute)
+        ):
+            yield node, parent, "strip"
+        if isinstance(node, ast.Expr) and isinstance(node.value, ast.Call):
+            yield node, parent, "delete"
+        children = list(ast.iter_child_nodes(node))
+        stack += [(child, node) for child in reversed(children)]
+
+
+def _untouchable(node: ast.AST) -> bool:
+    if isinstance(node, (ast.Assert, ast.Raise, ast.Import, ast.ImportFrom, ast.JoinedStr, ast.arguments)):
+        return True
+    if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant):
+        return True  # 文档字符串
+    if isinstance(node, (ast.Expr, ast.Assign)):
+        value = node.value
+        if isinstance(value, ast.Call) and (_root(value.func) in _PLOTTING or _called(value) in _IGNORED_CALLS):
+            return True
+    return isinstance(node, ast.Call) and _called(node) in _IGNORED_CALLS
+
+
+def _called(node: ast.Call) -> str:
+    func = node.func
+    return func.attr if isinstance(func, ast.Attribute) else func.id if isinstance(func, ast.Name) else ""
+
+
+def _root(node: ast.AST) -> str:
+    while isinstance(node, (ast.Attribute, ast.Subscript, ast.Call)):
+        node = node.func if isinstance(node, ast.Call) else node.value
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _is_text(node: ast.BinOp) -> bool:
+    return any(isinstance(side, (ast.JoinedStr, ast.Constant)) and isinstance(getattr(side, "value", ""), str)
+               for side in (node.left, node.right))  # fmt: skip
+
+
+def _apply(node: Any, parent: Any, kind: str) -> ast.AST | None:
+    if kind == "op":
+        if isinstance(node, ast.Compare):
+            node.ops[0] = _SWAP[type(node.ops[0])]()
+        else:
+            node.op = _SWAP[type(node.op)]()
+        return node
+    if kind == "constant":
+        node.value = node.value + 1
+        return node
+    if kind == "unary":
+        return _replace(parent, node, node.operand)
+    if kind == "strip":
+        inner = node.args[0] if node.args and not (
+            isinstance(node.func, ast.Attribute) and _root(node.func) not in ("math", "np", "torch", "F", "nn")
+        ) else node.func.value
+        return _replace(parent, node, inner)
+    _replace(parent, node, ast.Pass())
+    return None
+
+
+def _replace(parent: ast.AST, old: ast.AST, new: ast.AST) -> ast.AST:
+    for name, value in ast.iter_fields(parent):
+        if value is old:
+            setattr(parent, name, new)
+        elif isinstance(value, list) and old in value:
+            value[value.index(old)] = new
+    return ast.copy_location(new, old)
+
+
+# ---- 对一页做变异检查 ----
+
+
+@dataclass
+class Verdict:
+    """一页的结果。"""
+
+    file: str
+    total: int
+    survivors: list[Mutant]
+    equivalent: int
+
+    @property
+    def rate(self) -> float:
+        return 1.0 if not self.total else 1 - len(self.survivors) / self.total
+
+
+def collect(unit: Unit, root: Path, modules: bool = True) -> list[Mutant]:
+    """一页的全部变异：页内 Python 块，以及页面 import 的本地模块里没有被引入展示的部分。"""
+    found: list[Mutant] = []
+    shown: set[tuple[str, int]] = set()
+    imported: set[str] = set()
+    for k, block in enumerate(unit.blocks):
+        if block.lang != "python" or block.raises:
+            continue
+        file, first = block.code_start
+        if block.origin:
+            shown |= {(file, first + i) for i in range(block.source.count("\n") + 1)}
+        for line, what, source in mutants_of(block.source):
+            found.append(Mutant(file, first + line - 1, what, source, k))
+        imported |= _local_imports(block.source, root)
+    for module in sorted(imported) if modules else []:
+        source = (root / module).read_text("utf-8")
+        for line, what, mutated in mutants_of(source):
+            if (module, line) not in shown:
+                found.append(Mutant(module, line, what, mutated, 0, module))
+    return found
+
+
+def _local_imports(source: str, root: Path) -> set[str]:
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        names = []
+        if isinstance(node, ast.Import):
+            names = [a.name for a in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
+        for name in names:
+            path = root / "examples" / (name.replace(".", "/") + ".py")
+            if path.is_file():
+                found.add(path.relative_to(root).as_posix())
+    return found
+
+
+def load_equivalents(root: Path) -> dict[tuple[str, str], str]:
+    """登记过的等价变异：``(文件, 改动说明) -> 理由``。
+
+    Raises:
+        ValueError: 某条没写理由。
+    """
+    path = root / "tests" / "equivalent-mutants.yml"
+    if not path.is_file():
+        return {}
+    table = {}
+    for item in yaml.safe_load(path.read_text("utf-8")) or []:
+        if not item.get("reason"):
+            raise ValueError(f"{path.name}：{item} 没写理由")
+        table[item["file"], item["change"]] = item["reason"]
+    return table
+
+
+def run(project: Project, engine: Engine, *, sample: int | None, seed: int = 0, progress=lambda _: None) -> list[Verdict]:
+    """对每一页做变异检查。
+
+    同一页的变异共用前缀：页进程跑到第 k 块之前，为第 k 块的每个变异 fork 一份现场，
+    在里面跑改坏的块与其后各块，第一处变红就停。
+
+    Args:
+        sample: 每页最多抽多少个变异；None 为全部。
+    """
+    equivalents = load_equivalents(project.root)
+    futures = {}
+    verdicts = []
+    for scan in project.scans.values():
+        unit = Unit(scan.file, [b for b in scan.blocks if b.runs])
+        chosen = collect(unit, project.root)
+        skipped = [m for m in chosen if (m.file, m.what) in equivalents]
+        chosen = [m for m in chosen if (m.file, m.what) not in equivalents]
+        if sample is not None and len(chosen) > sample:
+            chosen = random.Random(seed).sample(chosen, sample)
+        if not chosen:
+            continue
+        job = engine.job(unit)
+        for described, block in zip(job["blocks"], unit.blocks, strict=True):
+            described["declared"] = _declared(block)
+        by_module: dict[str, list[Mutant]] = {}
+        for mutant in chosen:
+            by_module.setdefault(mutant.module, []).append(mutant)
+        for module, group in by_module.items():
+            job_group = job | {
+                "mutants": [{"block": m.block, "source": m.source, "module": m.module} for m in group],
+            }
+            futures[engine.executor.submit(None, job_group)] = (scan.file, group, len(skipped) if not module else 0)
+    survivors: dict[str, list[Mutant]] = {}
+    totals: dict[str, int] = {}
+    equal: dict[str, int] = {}
+    for future in as_completed(futures):
+        file, group, skipped = futures[future]
+        payload = future.result()
+        if "survived" not in payload:
+            raise RuntimeError(f"{file} 的变异检查没有跑完：{payload['blocks'][-1]['error']}")
+        survivors.setdefault(file, []).extend(group[i] for i in payload["survived"])
+        totals[file] = totals.get(file, 0) + len(group)
+        equal[file] = equal.get(file, 0) + skipped
+        progress(file)
+    for file in sorted(totals):
+        order = sorted(survivors[file], key=lambda m: (m.file, m.line))
+        verdicts.append(Verdict(file, totals[file], order, equal[file]))
+    return verdicts
+
+
+def _declared(block: Any) -> dict[str, Any]:
+    return {
+        "raises": block.raises,
+        "fig": block.fig,
+        "expected": block.expected.text if block.expected else None,
+        "tol": block.expected.tol if block.expected else None,
+    }
