@@ -82,7 +82,7 @@ def test_flowchart_keeps_labels_edges_and_source_order() -> None:
     for label in ("输入图像 x", "编码", "潜变量 z", "扩散过程", "t > 0?", "是", "缓存 & 数据"):
         assert label in labels(figure)
     assert len(re.findall(r'data-edge="true"', figure)) == 3
-    two = diagram.render("flowchart TD\n  甲 --> 丙\n  乙 --> 丙\n")
+    two = diagram.render("flowchart TD\n  甲 --> 丙\n  乙 -->|系数| 丙\n")
     x = {k: float(v) for k, v in re.findall(r'id="\S+-flowchart-(.)-\d+" transform="translate\(([\d.]+)', two)}
     assert x["甲"] < x["丙"] < x["乙"]
 
@@ -136,7 +136,8 @@ def test_print_keeps_every_label(name: str) -> None:
 
 def test_custom_fill_needs_a_text_color() -> None:
     ctx = page()
-    diagram.render("flowchart LR\n  A --> B\n  classDef hot fill:#f96\n  style A fill:none\n  style B fill:#fff,color:#000\n", line=5, ctx=ctx)
+    styles = "  classDef hot fill:#f96\n  style A fill: none\n  style B fill:#fff,color:#000\n"
+    diagram.render("flowchart LR\n  A --> B\n" + styles, line=5, ctx=ctx)
     assert [(p.line, p.code) for p in ctx.problems] == [(8, "M403")]
 
 
@@ -247,8 +248,13 @@ def test_without_context_raises() -> None:
         diagram.render("flowchart LR\n  A -->\n")
 
 
+NOISE = st.text(
+    st.one_of(st.sampled_from("AB->[](){}|\"';:%<>&\n 甲"), st.characters(exclude_categories=["Cs"])), max_size=50
+)
+
+
 @settings(max_examples=100, deadline=None)
-@given(st.text(st.one_of(st.sampled_from("AB->[](){}|\"';:%<>&\n 甲"), st.characters(exclude_categories=["Cs"])), max_size=50))
+@given(NOISE)
 def test_any_text_gives_a_figure_or_a_problem(text: str) -> None:
     ctx = page()
     shown = diagram.render("flowchart LR\n" + text, line=1, ctx=ctx)
@@ -258,12 +264,10 @@ def test_any_text_gives_a_figure_or_a_problem(text: str) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.text("甲乙丙 abc<>&'#;=", min_size=1, max_size=20).filter(str.strip))
+@given(st.text("甲乙丙 abc<>&'=", min_size=1, max_size=20).filter(str.strip))
 def test_label_text_survives(text: str) -> None:
-    quoted = text.replace("#", "")
-    if not quoted.strip():
-        return
     ctx = page()
-    figure = diagram.render(f'flowchart LR\n  A["{html.escape(quoted)}"] --> B[乙]\n', ctx=ctx)
+    figure = diagram.render(f'flowchart LR\n  A["{html.escape(text)}"] --> B[乙]\n', ctx=ctx)
     assert ctx.problems == []
-    etree.fromstring(figure)
+    shown = labels(figure).replace("|", " ").split()
+    assert set(re.findall(r"[甲乙丙]+", text)) <= set(re.findall(r"[甲乙丙]+", " ".join(shown)))

@@ -97,7 +97,10 @@ def test_inline_tex_is_not_unescaped_twice() -> None:
     assert [(p.line, p.code) for p in ctx.problems] == [(1, "M401")]  # & 不能出现在 \text 里
 
 
-@pytest.mark.parametrize("context", ["> {}", "- 甲\n\n    {}", '!!! note "注"\n    {}', "[^1]\n\n[^1]: {}", "| a |\n|--|\n| {} |"])
+@pytest.mark.parametrize(
+    "context",
+    ["> {}", "- 甲\n\n    {}", '!!! note "注"\n    {}', "[^1]\n\n[^1]: {}", "| a |\n|--|\n| {} |"],
+)
 def test_renders_in_containers(context: str) -> None:
     page, ctx = convert(context.format("取 $x_0$ 时"))
     assert ctx.problems == []
@@ -180,7 +183,7 @@ def test_footnotes_rendered_last_still_get_their_own_line() -> None:
 
 def test_formula_from_quoted_yaml_is_found() -> None:
     """front matter 里的追问另外渲染，双引号里的反斜杠在源文件中成对。"""
-    _, ctx = convert("见 $\\oops_1$", '---\nfollowups:\n  - a: "见 $\\\\oops_1$"\n---\n')
+    _, ctx = convert("见 $\\alpha + \\oops_1$", '---\nfollowups:\n  - a: "见 $\\\\alpha + \\\\oops_1$"\n---\n')
     assert [p.line for p in ctx.problems] == [3]
 
 
@@ -189,7 +192,9 @@ def test_chinese_in_math_explains_the_fix() -> None:
     assert "\\text{}" in ctx.problems[0].reason
 
 
-@pytest.mark.parametrize("tex", [r"\href{https://a.b}{c}", r"\includegraphics{a.png}", r"\htmlClass{a}{b}", r"\url{a}"])
+@pytest.mark.parametrize(
+    "tex", [r"\href{https://a.b}{c}", r"\includegraphics{a.png}", r"\htmlClass{a}{b}", r"\url{a}"]
+)
 def test_untrusted_commands_are_errors_not_red_text(tex: str) -> None:
     assert problems(f"${tex}$") == [(1, "M401")]
 

@@ -69,7 +69,16 @@ def test_metric_value_and_format(source: str, shown: str) -> None:
 
 @pytest.mark.parametrize(
     "template",
-    ["**{}**", "- {}", "> {}", "| a |\n|--|\n| {} |", "## 题 {}", '!!! note "注"\n    {}', "[^1]\n\n[^1]: {}", "[{}](a.md)"],
+    [
+        "**{}**",
+        "- {}",
+        "> {}",
+        "| a |\n|--|\n| {} |",
+        "## 题 {}",
+        '!!! note "注"\n    {}',
+        "[^1]\n\n[^1]: {}",
+        "[{}](a.md)",
+    ],
 )
 def test_metric_works_in_containers(template: str) -> None:
     page, ctx = convert(template.format("{{ m.ddpm.steps }}"))
@@ -80,7 +89,13 @@ def test_metric_works_in_containers(template: str) -> None:
 
 @pytest.mark.parametrize(
     "source",
-    ["`{{ m.ddpm.steps }}`", "```text\n{{ m.ddpm.steps }}\n```", "\\{{ m.ddpm.steps }}", "{{ x.ddpm.steps }}", "{ m.ddpm.steps }"],
+    [
+        "`{{ m.ddpm.steps }}`",
+        "```text\n{{ m.ddpm.steps }}\n```",
+        "\\{{ m.ddpm.steps }}",
+        "{{ x.ddpm.steps }}",
+        "{ m.ddpm.steps }",
+    ],
 )
 def test_not_replaced(source: str) -> None:
     page, ctx = convert(source)
@@ -90,14 +105,24 @@ def test_not_replaced(source: str) -> None:
 
 
 def test_unknown_metric_lists_what_exists() -> None:
-    _, ctx = convert("---\nid: x\n---\n\n`{{ m.ddpm.los }}`\n\n得到 {{ m.ddpm.los }}。\n\n又 {{ m.ddpm.los }}。\n")
+    bad = "{{ m.ddpm.los }}"
+    _, ctx = convert(f"---\nid: x\n---\n\n`{bad}` \\{bad}\n\n得到 {bad}。\n\n又 {bad}。\n")
     assert [(p.line, p.code) for p in ctx.problems] == [(7, "M404"), (9, "M404")]
     assert "final_loss" in ctx.problems[0].reason
 
 
 @pytest.mark.parametrize(
     "reference",
-    ["m.ddqm.steps", "m.ddpm", "m.ddpm.", "m.ddpm.final_loss:.3q", "m.ddpm.name:.2f", "m.ddpm.steps | int", "m.", "m.ddpm.a.b"],
+    [
+        "m.ddqm.steps",
+        "m.ddpm",
+        "m.ddpm.",
+        "m.ddpm.final_loss:.3q",
+        "m.ddpm.name:.2f",
+        "m.ddpm.steps | int",
+        "m.",
+        "m.ddpm.a.b",
+    ],
 )
 def test_bad_metric_is_reported_and_shown_as_written(reference: str) -> None:
     page, ctx = convert(f"甲\n\n乙 {{{{ {reference} }}}} 丙")
@@ -148,7 +173,9 @@ def test_two_figures_in_one_paragraph() -> None:
     assert "<p>" not in page
 
 
-@pytest.mark.parametrize("template", ["- {}", "1. 甲\n\n    {}", "> {}", "| a |\n|--|\n| {} |", '!!! note "注"\n    {}'])
+@pytest.mark.parametrize(
+    "template", ["- {}", "1. 甲\n\n    {}", "> {}", "| a |\n|--|\n| {} |", '!!! note "注"\n    {}']
+)
 def test_figure_works_in_containers(template: str) -> None:
     page, ctx = convert(template.format("![甲](fig:ddpm/loss)"))
     assert ctx.problems == []

@@ -172,7 +172,7 @@ def p_step(s, x_t, t, pred, noise, kind="eps", variance="beta_tilde"):
     _same(x_t, noise=noise)
     x0, _ = split(s, x_t, t, pred, kind)
     mean, _ = posterior(s, x0, x_t, t)
-    sigma = reverse_variance(s, variance).sqrt().clone()                        # (T,) σ_t
+    sigma = reverse_variance(s, variance).sqrt()                                # (T,) σ_t
     sigma[0] = 0                                                                # 末步只取均值
     return mean + take(s, sigma, t, x_t) * noise
 # --8<-- [end:reverse]

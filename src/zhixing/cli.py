@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from zhixing import report
-from zhixing.execute import Engine
+from zhixing.execute import Engine, connect
 from zhixing.project import Project, find_root
 
 
@@ -40,7 +40,8 @@ def check(args: argparse.Namespace) -> int:
     if pages is not None:
         chosen = {p.stem for p in pages if p.suffix == ".py"}
         project.examples = {k: v for k, v in project.examples.items() if k in chosen}
-    engine = Engine(root, workers=args.jobs, cache=not args.no_cache)
+    executor = connect(args.scheduler) if args.scheduler else None
+    engine = Engine(root, workers=args.jobs, cache=not args.no_cache, executor=executor)
     try:
         project.execute(engine, report.announce)
     finally:
@@ -90,6 +91,54 @@ def why(args: argparse.Namespace) -> int:
     return 0
 
 
+def mutate(args: argparse.Namespace) -> int:
+    """把代码改坏一处，报告没有断言发现的改动。"""
+    from zhixing import mutate as mutation
+
+    root = find_root()
+    project = Project.load(root, _pages(root, args.page))
+    project.examples = {}
+    engine = Engine(root, workers=args.jobs)
+    try:
+        project.execute(engine)
+        if project.problems:
+            report.print_problems(project.problems)
+            return 1
+        verdicts = mutation.run(
+            project, engine, sample=args.sample, seed=args.seed, progress=lambda f: print(f"  ✓ {f}", file=sys.stderr)
+        )
+    finally:
+        engine.close()
+    for verdict in verdicts:
+        for mutant in verdict.survivors:
+            print(f"{mutant.file}:{mutant.line}: 幸存 {mutant.what}")
+    low = False
+    for verdict in verdicts:
+        low |= verdict.rate < args.require
+        print(
+            f"{verdict.file}：{verdict.total} 个变异，杀死 {verdict.rate:.0%}，"
+            f"幸存 {len(verdict.survivors)}，登记为等价 {verdict.equivalent}"
+        )
+    return 1 if low else 0
+
+
+def new(args: argparse.Namespace) -> int:
+    """按模板新建一页。"""
+    from zhixing.questions import SECTIONS, template
+
+    root = find_root()
+    section, _, page_id = args.page.partition("/")
+    if section not in SECTIONS or not page_id:
+        raise SystemExit(f"zhixing: 应写成 章/id，章是 {'、'.join(SECTIONS)} 之一，得到 {args.page!r}")
+    path = root / "docs" / section / f"{page_id}.md"
+    if path.exists():
+        raise SystemExit(f"zhixing: {path.relative_to(root)} 已经存在")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(template(section, page_id), "utf-8")
+    print(path.relative_to(root))
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="zhixing", description="核对知识库里的每一个代码块")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -98,6 +147,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("page", nargs="*")
     p.add_argument("-j", "--jobs", type=int, help="并行的进程数，缺省为核数")
     p.add_argument("--no-cache", action="store_true", help="忽略已有缓存")
+    p.add_argument("--scheduler", metavar="地址", help="交给 dask 集群执行，如 tcp://127.0.0.1:8786")
     p.add_argument("--json", metavar="文件", help="写出 JSON 报告")
     p.add_argument("--junit", metavar="文件", help="写出 JUnit 报告")
     p.set_defaults(run=check)
@@ -109,6 +159,18 @@ def main(argv: list[str] | None = None) -> int:
     p = commands.add_parser("why", help="某页为什么（不）会重跑")
     p.add_argument("page")
     p.set_defaults(run=why)
+
+    p = commands.add_parser("mutate", help="改坏一处代码，看断言会不会红")
+    p.add_argument("page", nargs="*")
+    p.add_argument("-j", "--jobs", type=int)
+    p.add_argument("--sample", type=int, metavar="N", help="每页最多抽 N 个变异（缺省全部）")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--require", type=float, default=0.9, metavar="率", help="低于它就退出 1（缺省 0.9）")
+    p.set_defaults(run=mutate)
+
+    p = commands.add_parser("new", help="按模板新建一页，如 control/ip-adapter")
+    p.add_argument("page")
+    p.set_defaults(run=new)
 
     args = parser.parse_args(argv)
     try:

@@ -74,7 +74,7 @@ _KINDS = {
     "timeline": "时间线",
     "gitGraph": "提交图",
 }
-_FILL = re.compile(r"\s*(?:classDef|style)\s.*\bfill\s*:\s*(?!none|transparent)")
+_FILL = re.compile(r"\s*(?:classDef|style)\s.*\bfill\s*:(?!\s*(?:none|transparent))")
 _COLOR = re.compile(r"(?<![\w-])color\s*:")
 _ALT_LENGTH = 200  # 字；再长就不如正文说明了
 
@@ -226,7 +226,8 @@ def _check_contrast(source: str, line: int, ctx: PageContext | None) -> None:
     """自己定了底色却没定字色，换到另一种主题就可能看不清。"""
     for row, text in enumerate(source.split("\n"), 1):
         if _FILL.match(text) and not _COLOR.search(text):
-            report("M403", "写了 fill 就要同时写 color，否则亮暗主题之一看不清", line=_row(source, line, row, ctx), ctx=ctx)
+            reason = "写了 fill 就要同时写 color，否则亮暗主题之一看不清"
+            report("M403", reason, line=_row(source, line, row, ctx), ctx=ctx)
 
 
 def _report_error(source: str, message: str, line: int, ctx: PageContext | None) -> None:

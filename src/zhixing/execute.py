@@ -113,7 +113,7 @@ def describe_block(block: Block, unit: Unit) -> dict[str, Any]:
 
 
 class ZygoteExecutor(Executor):
-    """把作业交给本机的 zygote；``submit(run, job)`` 的 ``run`` 只是接口需要，作业一律由 zygote 执行。"""
+    """本机的执行后端：``submit(execute_job, job)`` 把作业交给 zygote。"""
 
     def __init__(self, root: Path, workers: int) -> None:
         self.root, self.workers = root, workers
@@ -186,6 +186,35 @@ class ZygoteExecutor(Executor):
             self._reader.join()
 
 
+_WORKER: dict[str, ZygoteExecutor] = {}
+
+
+def execute_job(job: dict[str, Any]) -> dict[str, Any]:
+    """在别的进程或机器的 worker 里执行一个作业。
+
+    每个 worker 带一个惰性启动的 zygote：worker 自己有许多线程，不能直接 fork。
+    """
+    executor = _WORKER.setdefault(job["root"], ZygoteExecutor(Path(job["root"]), 1))
+    return executor.submit(execute_job, job).result()
+
+
+def connect(scheduler: str) -> Executor:
+    """连到 dask 集群，如 ``tcp://127.0.0.1:8786``；项目目录要在各 worker 上的同一路径。
+
+    Raises:
+        ImportError: 没有安装可选依赖 distributed。
+        OSError: 连不上。
+    """
+    from distributed import Client
+
+    client = Client(scheduler)
+    # 同一作业两次提交是两次执行；worker 中途死掉由调度器换一个重试
+    executor = client.get_executor(pure=False, retries=2)
+    finish = executor.shutdown
+    executor.shutdown = lambda *args, **kwargs: (finish(*args, **kwargs), client.close())
+    return executor
+
+
 def _collect(job: dict[str, Any], event: dict[str, Any]) -> dict[str, Any]:
     """读出一个子进程留下的结果；它死了就由最后的位置给出文件与行。"""
     base = Path(job["spool"])
@@ -227,11 +256,13 @@ def _last_line(output: str, file: str) -> int | None:
 class Engine:
     """核对一批单元；zygote 可以跨多次调用常驻（``mkdocs serve``）。"""
 
-    def __init__(self, root: Path, *, workers: int | None = None, cache: bool = True) -> None:
+    def __init__(
+        self, root: Path, *, workers: int | None = None, cache: bool = True, executor: Executor | None = None
+    ) -> None:
         self.root = root
         self.cache = Cache(root / ".cache" / "zhixing" / "results", root)
         self.use_cache = cache
-        self.executor: Executor = ZygoteExecutor(root, workers or len(os.sched_getaffinity(0)))
+        self.executor = executor or ZygoteExecutor(root, workers or len(os.sched_getaffinity(0)))
 
     def job(self, unit: Unit) -> dict[str, Any]:
         blocks = [describe_block(block, unit) for block in unit.blocks]
@@ -254,7 +285,7 @@ class Engine:
             unit_key = self.unit_key(unit)
             payload, why = self.cache.load(unit.file, unit_key) if self.use_cache else (None, "没有使用缓存")
             if payload is None and unit.blocks:
-                waiting[self.executor.submit(None, self.job(unit))] = (unit, unit_key, why)
+                waiting[self.executor.submit(execute_job, self.job(unit))] = (unit, unit_key, why)
             else:
                 payload = payload or {"blocks": [], "figures": {}, "metrics": {}, "isolation": ""}
                 outcomes[unit.file] = self._finish(unit, payload, True, why, progress)

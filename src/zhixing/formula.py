@@ -28,7 +28,7 @@ from markdown.extensions import Extension
 from markdown.treeprocessors import Treeprocessor
 from markdown.util import AtomicString
 
-from zhixing.context import PageContext, current, report
+from zhixing.context import current, report
 
 ROOT = Path(__file__).resolve().parents[2]
 KATEX_JS = ROOT / "node_modules/katex/dist/katex.min.js"
@@ -54,7 +54,6 @@ _STRICT_PREFIX = "LaTeX-incompatible input and strict mode is set to 'error': "
 _TEXT_IN_MATH = re.compile(r'(?:Accented )?Unicode text character "(.+?)" used in math mode')
 _METRIC = re.compile(r"\{\{\s*m\.")
 _HEADINGS = frozenset({"h1", "h2", "h3", "h4", "h5", "h6"})
-_CODE = frozenset({"code", "pre", "script", "style"})
 
 
 class FormulaError(ValueError):
@@ -215,7 +214,7 @@ class FormulaTreeprocessor(Treeprocessor):
         except FormulaError as error:
             _report_error(tex, display, error)
             element.tag = "code"
-            element.set("class", "zx-math-error")
+            element.set("class", "zx-error")
             element.text = AtomicString(tex)
             return
         target = element
@@ -251,8 +250,8 @@ def _check_stray_dollars(root: etree.Element) -> None:
 
 
 def _prose(element: etree.Element) -> Iterator[str | None]:
-    """代码与公式以外的文字，按文档顺序。"""
-    if element.tag in _CODE or _is_formula(element):
+    """公式以外的文字，按文档顺序；代码是 AtomicString。"""
+    if _is_formula(element):
         return
     yield element.text
     for child in element:
@@ -297,7 +296,7 @@ def _first_line(tex: str) -> int:
 
 
 def _line(pattern: str) -> int:
-    ctx: PageContext | None = current.get()
+    ctx = current.get()
     return ctx.locate(pattern) if ctx else 0
 
 

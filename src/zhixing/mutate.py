@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from zhixing.execute import Engine, Unit
+from zhixing.execute import Engine, Unit, execute_job
 from zhixing.project import Project
 
 _SWAP: dict[type, type] = {
@@ -268,8 +268,11 @@ def run(project: Project, engine: Engine, *, sample: int | None, seed: int = 0, 
         if not chosen:
             continue
         job = engine.job(unit)
-        for described, block in zip(job["blocks"], unit.blocks, strict=True):
-            described["declared"] = _declared(block)
+        outcome = project.outcomes[scan.file]
+        if outcome.problems:
+            raise RuntimeError(f"{scan.file} 本来就没通过，先修好再做变异检查")
+        for described, block, result in zip(job["blocks"], unit.blocks, outcome.payload["blocks"], strict=True):
+            described |= {"declared": _declared(block), "seconds": result["seconds"]}
         by_module: dict[str, list[Mutant]] = {}
         for mutant in chosen:
             by_module.setdefault(mutant.module, []).append(mutant)
@@ -277,7 +280,7 @@ def run(project: Project, engine: Engine, *, sample: int | None, seed: int = 0, 
             job_group = job | {
                 "mutants": [{"block": m.block, "source": m.source, "module": m.module} for m in group],
             }
-            futures[engine.executor.submit(None, job_group)] = (scan.file, group, len(skipped) if not module else 0)
+            futures[engine.executor.submit(execute_job, job_group)] = (scan.file, group, len(skipped) if not module else 0)
     survivors: dict[str, list[Mutant]] = {}
     totals: dict[str, int] = {}
     equal: dict[str, int] = {}

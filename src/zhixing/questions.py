@@ -151,3 +151,33 @@ def check_unique(metas: list[Meta], problems: list[Problem]) -> None:
     for meta in metas:
         if meta.id and first.setdefault(meta.id, meta.file) != meta.file:
             problems.append(Problem(meta.file, 2, "F103", f"id {meta.id!r} 已被 {first[meta.id]} 使用"))
+
+
+def template(section: str, page_id: str) -> str:
+    """新页的模板：能通过检查的最小一页。"""
+    return f"""---
+id: {page_id}
+title: {page_id}
+section: {section}
+level: {LEVELS[1]}
+origin: {ORIGINS[1]}
+tags: [待定]
+brief: |
+  30 秒答案：能在面试里说出口的两三句话。
+questions:
+  - q: 面试官怎样问？
+    a: "#answer"
+followups:
+  - q: 追问
+    a: 答案
+refs:
+  - "arXiv:0000.00000 论文标题"
+---
+
+## 直接回答 {{#answer}}
+
+```python
+claim = 1 + 1
+assert claim == 2
+```
+"""

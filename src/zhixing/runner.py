@@ -65,14 +65,17 @@ def run(job: dict[str, Any], progress: int, output: int, result: int) -> None:
     isolation = sandbox.enter(job["root"])
 
     page = _Page(job, progress, output)
-    page.execute()
-    payload = {
-        "blocks": page.results,
-        "deps": page.dependencies(),
-        "figures": page.recorded.figures,
-        "metrics": page.recorded.metrics,
-        "isolation": isolation,
-    }
+    if "mutants" in job:
+        payload = {"survived": page.hunt()}
+    else:
+        page.execute()
+        payload = {
+            "blocks": page.results,
+            "deps": page.dependencies(),
+            "figures": page.recorded.figures,
+            "metrics": page.recorded.metrics,
+            "isolation": isolation,
+        }
     with os.fdopen(result, "w", encoding="utf-8") as f:
         json.dump(payload, f, ensure_ascii=False)
     # 不走解释器的正常退出：torch 的收尾要 0.3–0.7 秒，而结果已经写好
@@ -98,6 +101,7 @@ class _Page:
         _seed()
         self._line_cache()
         sys.addaudithook(self._on_audit)
+        signal.signal(signal.SIGALRM, self._on_alarm)
 
     def _on_audit(self, event: str, args: tuple) -> None:
         if event == "open" and isinstance(args[0], str) and not (args[2] or 0) & (os.O_WRONLY | os.O_RDWR):
@@ -118,40 +122,111 @@ class _Page:
             linecache.cache[file] = (sum(map(len, lines)), None, lines, file)
 
     def execute(self) -> None:
-        signal.signal(signal.SIGALRM, self._on_alarm)
-        handlers = {"python": self._python, "bash": self._bash, "console": self._console, "pycon": self._pycon}
         for k, block in enumerate(self.job["blocks"]):
-            deadline = time.monotonic() + block["timeout"]
-            os.write(self.progress, f"{k} {deadline}\n".encode())
-            self.current = block
-            error = None
-            start = time.perf_counter()
-            try:
-                sandbox.limit_memory(block["memory"])
-                signal.setitimer(signal.ITIMER_REAL, block["timeout"])
-                # C 里的死循环收不到 SIGALRM：由看门狗线程打印位置后结束进程
-                faulthandler.dump_traceback_later(block["timeout"] + 1, exit=True, file=sys.stderr)
-                handlers[block["lang"]](block)
-            except BaseException as exception:
-                if not (isinstance(exception, SystemExit) and exception.code in (None, 0)):
-                    error = self._describe(exception, block)
-            finally:
-                signal.setitimer(signal.ITIMER_REAL, 0)
-                faulthandler.cancel_dump_traceback_later()
-            seconds = time.perf_counter() - start
-            text, overflow = self._take_output()
-            entry = {"out": text, "error": error, "seconds": round(seconds, 4), "figs": []}
-            if overflow and not error:
-                entry["error"] = self._error("R308", "OutputTooLarge", f"输出超过 {MAX_OUTPUT >> 10} KiB", *self._start(block))
-            if not entry["error"]:
-                try:
-                    entry["figs"] = self._take_figures()
-                except Exception as exception:
-                    entry["error"] = self._describe(exception, block)
+            entry = self._run_block(k, block)
             self.results.append(entry)
-            failed = entry["error"]
-            if failed and not (block["raises"] and failed["code"] in ("R301", "R306")):
+            error = entry["error"]
+            if error and not (block["raises"] and error["code"] in ("R301", "R306")):
                 return
+
+    def _run_block(self, k: int, block: dict[str, Any]) -> dict[str, Any]:
+        """执行一块，返回 ``out error seconds figs``。"""
+        handlers = {"python": self._python, "bash": self._bash, "console": self._console, "pycon": self._pycon}
+        deadline = time.monotonic() + block["timeout"]
+        os.write(self.progress, f"{k} {deadline}\n".encode())
+        self.current = block
+        error = None
+        start = time.perf_counter()
+        try:
+            sandbox.limit_memory(block["memory"])
+            signal.setitimer(signal.ITIMER_REAL, block["timeout"])
+            # C 里的死循环收不到 SIGALRM：由看门狗线程打印位置后结束进程
+            faulthandler.dump_traceback_later(block["timeout"] + 1, exit=True, file=sys.stderr)
+            handlers[block["lang"]](block)
+        except BaseException as exception:
+            if not (isinstance(exception, SystemExit) and exception.code in (None, 0)):
+                error = self._describe(exception, block)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            faulthandler.cancel_dump_traceback_later()
+        seconds = time.perf_counter() - start
+        text, overflow = self._take_output()
+        entry = {"out": text, "error": error, "seconds": round(seconds, 4), "figs": []}
+        if overflow and not error:
+            message = f"输出超过 {MAX_OUTPUT >> 10} KiB"
+            entry["error"] = self._error("R308", "OutputTooLarge", message, *self._start(block))
+        if not entry["error"]:
+            try:
+                entry["figs"] = self._take_figures()
+            except Exception as exception:
+                entry["error"] = self._describe(exception, block)
+        return entry
+
+    # ---- 变异检查 ----
+
+    def hunt(self) -> list[int]:
+        """返回没有被发现的变异的序号。
+
+        跑到第 k 块之前，为第 k 块的每个变异 fork 一份现场；改被 import 的模块的变异从头跑。
+        """
+        blocks, mutants = self.job["blocks"], self.job["mutants"]
+        survived = []
+        total = sum(b["seconds"] for b in blocks)
+        # 监督者按最后一行的截止时刻收人：整页的变异一起算
+        os.write(self.progress, f"0 {time.monotonic() + 60 + len(mutants) * (30 + 6 * total)}\n".encode())
+        self.progress = os.open(os.devnull, os.O_WRONLY)
+        for k, block in enumerate(blocks):
+            for i, mutant in enumerate(mutants):
+                if mutant["block"] == k and not self._detects(k, mutant):
+                    survived.append(i)
+            if all(m["block"] <= k for m in mutants):
+                break
+            self._run_block(k, block)
+        return survived
+
+    def _detects(self, k: int, mutant: dict[str, Any]) -> bool:
+        blocks = self.job["blocks"]
+        pid = os.fork()
+        if pid == 0:
+            try:
+                os._exit(1 if self._goes_red(k, mutant) else 0)
+            except BaseException:
+                os._exit(1)
+        deadline = time.monotonic() + sum(_patience(b) + 2 for b in blocks[k:])
+        while True:
+            done, status = os.waitpid(pid, os.WNOHANG)
+            if done:
+                return status != 0
+            if time.monotonic() > deadline:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+                return True
+            time.sleep(0.002)
+
+    def _goes_red(self, k: int, mutant: dict[str, Any]) -> bool:
+        from zhixing.blocks import Block, Expected
+        from zhixing.verify import verify
+
+        self.output = os.memfd_create("mutant") if hasattr(os, "memfd_create") else os.dup(1)
+        self.read_from = 0
+        os.dup2(self.output, 1)
+        os.dup2(self.output, 2)
+        if mutant["module"]:
+            _overlay(os.path.join(self.job["root"], mutant["module"]), mutant["source"])
+        for i, block in enumerate(self.job["blocks"][k:], k):
+            if i == k and not mutant["module"]:
+                block = block | {"source": mutant["source"]}
+            entry = self._run_block(i, block | {"timeout": _patience(block)})
+            declared = block["declared"]
+            expected = declared["expected"]
+            claim = Block(
+                file=block["file"], line=block["line"], end=0, lang=block["lang"], source="",
+                raises=declared["raises"], fig=declared["fig"],
+                expected=None if expected is None else Expected(expected, 0, 0, "", declared["tol"]),
+            )  # fmt: skip
+            if verify(claim, entry):
+                return True
+        return False
 
     def _on_alarm(self, *_: object) -> None:
         raise BlockTimeout(f"超过 {self.current['timeout']:g} 秒")
@@ -337,6 +412,27 @@ def _chain(trace: traceback.TracebackException):
         seen.add(id(part))
         yield part
         stack += [part.__cause__, part.__context__]
+
+
+def _patience(block: dict[str, Any]) -> float:
+    """改坏之后最多等多久：平时的五倍，至少两秒。"""
+    return max(2.0, 5 * block["seconds"])
+
+
+def _overlay(path: str, source: str) -> None:
+    """此后 import ``path`` 时读到的是 ``source``，磁盘上的文件不动。"""
+    from importlib.machinery import SourceFileLoader
+
+    original = SourceFileLoader.get_data
+
+    def get_data(self: SourceFileLoader, name: str) -> bytes:
+        if os.path.abspath(name) == path:
+            return source.encode()
+        if name.endswith(".pyc") and os.path.abspath(self.path) == path:
+            raise OSError("字节码缓存对应的是没改过的源文件")
+        return original(self, name)
+
+    SourceFileLoader.get_data = get_data
 
 
 def _seed() -> None:
