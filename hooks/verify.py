@@ -10,8 +10,16 @@ from zhixing.errors import ContentError
 from zhixing.links import Rendered
 
 
+_serving = False
+
+
 def _build(config):
-    return build.get(Path(config.config_file_path).resolve().parent)
+    return build.get(Path(config.config_file_path).resolve().parent, checkpoints=_serving)
+
+
+def on_startup(command, dirty):
+    global _serving
+    _serving = command == "serve"
 
 
 def on_config(config):

@@ -13,6 +13,9 @@
 ``cond`` 是基座自己的条件（类别、文本特征与掩码……），ControlNet 不解释它，只转交给副本的 embed。
 
 文件末尾的 ``TinyUNet`` 是满足这份约定的最小像素基座；换成别的基座时这里不用改。
+
+公式（第 3.1 节）：块 F 的输出 y = F(x; Θ) 变成 y_c = F(x; Θ) + Z(F(x + Z(c; Θ_z1); Θ_c); Θ_z2)，
+Z 是零卷积，c 是条件，Θ 锁定，Θ_c 是副本。形状或接法不合约定时抛 ValueError。
 """
 
 # --8<-- [start:zero]
@@ -46,65 +49,63 @@ class HintEncoder(nn.Sequential):
 
     (B, in_channels, H·2^down, W·2^down) → (B, out_channels, H, W)
 
-    ``out_channels`` 是基座 ``encoder[0].out_channels``；``down`` 是步长 2 的次数：
-    像素基座取 0，8 倍压缩的潜空间基座取 3。
+    ``out_channels`` 是基座 ``encoder[0].out_channels``；``down`` 是步长 2 的次数，
+    例如 8 倍压缩的潜空间取 3。
     """
 
     def __init__(self, in_channels, out_channels, down=0, width=16):
-        if min(in_channels, out_channels, width) < 1 or down < 0:
-            raise ValueError("通道数必须是正数，down 不能是负数")
         layers = [nn.Conv2d(in_channels, width, 3, padding=1), nn.SiLU()]
-        for i in range(down):                                             # 每次边长减半，通道加倍
-            layers += [nn.Conv2d(width << i, width << (i + 1), 3, stride=2, padding=1), nn.SiLU()]
-        width <<= down
+        for _ in range(down):                                     # 每次边长减半，通道加倍
+            layers += [nn.Conv2d(width, 2 * width, 3, stride=2, padding=1), nn.SiLU()]
+            width = 2 * width
         super().__init__(*layers, nn.Conv2d(width, width, 3, padding=1), nn.SiLU(), ZeroConv(width, out_channels))
+        self.in_channels = in_channels
+
+    def forward(self, hint):
+        if hint.ndim != 4 or hint.shape[1] != self.in_channels:
+            raise ValueError(f"条件图的形状必须是 (B, {self.in_channels}, H, W)，收到 {tuple(hint.shape)}")
+        return super().forward(hint)
 # --8<-- [end:hint]
 
 
 # --8<-- [start:controlnet]
 class ControlNet(nn.Module):
-    """编码器与中间块的可训练副本。``hint_encoder`` 缺省时用灰度、不降采样的 ``HintEncoder``。
+    """基座编码器与中间块的可训练副本。构造时复制权重，之后与基座互不影响。"""
 
-    基座不满足文件开头的约定时抛 ValueError。构造时复制权重，之后与基座互不影响。
-    """
-
-    def __init__(self, base, hint_encoder=None):
+    def __init__(self, base, hint_encoder):
         super().__init__()
-        _check_base(base)
-        self.embed, self.encoder, self.middle = (
-            copy.deepcopy(part).requires_grad_(True).train() for part in (base.embed, base.encoder, base.middle)
-        )
-        self.hint_encoder = hint_encoder or HintEncoder(1, base.encoder[0].out_channels)
+        check_base(base)
+        parts = copy.deepcopy((base.embed, base.encoder, base.middle))
+        self.embed, self.encoder, self.middle = (part.requires_grad_(True).train() for part in parts)
+        self.hint_encoder = hint_encoder
         self.zero_skips = nn.ModuleList(ZeroConv(block.out_channels) for block in base.encoder)   # n 个
         self.zero_middle = ZeroConv(base.middle.out_channels)                                     # 再加 1 个
 
     def forward(self, x, t, *cond, hint, scale=1.0):
-        """返回残差列表，长 n+1：与各跳连、中间块的输出同形。
+        """返回残差列表，长 n+1：依次与各跳连、中间块的输出同形。
 
         x (B, C, H, W)，t (B,)，hint (B, C_hint, H_hint, W_hint)；
         scale 是一个数，或长 n+1 的序列（逐个残差的强度）。
         """
-        scales = _scales(scale, len(self.zero_skips) + 1)
+        zeros = [*self.zero_skips, self.zero_middle]
+        scales = [scale] * len(zeros) if isinstance(scale, int | float) else list(scale)
+        if len(scales) != len(zeros):
+            raise ValueError(f"scale 必须是一个数或长 {len(zeros)} 的序列，收到长 {len(scales)}")
         emb = self.embed(t, *cond)
         h, features = x, []
         for i, block in enumerate(self.encoder):
-            h = block(h, emb)                                    # (B, C_i, H_i, W_i)
+            h = block(h, emb)                                     # (B, C_i, H_i, W_i)
             if i == 0:
-                h = h + self._encode_hint(hint, h)               # 条件图只从这一个入口进来
+                h = h + self.encode(hint, like=h)                 # 条件图只从这一个入口进来
             features.append(h)
         features.append(self.middle(h, emb))
-        zeros = [*self.zero_skips, self.zero_middle]
         return [s * zero(f) for s, zero, f in zip(scales, zeros, features, strict=True)]
 
-    def _encode_hint(self, hint, h):
-        if hint.ndim != 4 or len(hint) != len(h):
-            raise ValueError(f"条件图的形状必须是 ({len(h)}, C, H, W)，收到 {tuple(hint.shape)}")
-        expected = next(m for m in self.hint_encoder.modules() if isinstance(m, nn.Conv2d)).in_channels
-        if hint.shape[1] != expected:
-            raise ValueError(f"条件图必须有 {expected} 个通道，收到 {hint.shape[1]}")
+    def encode(self, hint, like):
+        """条件图 → 与第 0 块输出同形的特征；不许靠广播蒙混过关。"""
         c = self.hint_encoder(hint)
-        if c.shape != h.shape:
-            raise ValueError(f"条件图编码后是 {tuple(c.shape)}，与基座第 0 块的输出 {tuple(h.shape)} 不符")
+        if c.shape != like.shape:
+            raise ValueError(f"条件图编码后是 {tuple(c.shape)}，与基座第 0 块的输出 {tuple(like.shape)} 不符")
         return c
 # --8<-- [end:controlnet]
 
@@ -119,7 +120,7 @@ class Controlled(nn.Module):
 
     def __init__(self, base, *controls):
         super().__init__()
-        _check_base(base)
+        check_base(base)
         if not controls:
             raise ValueError("至少要接一个 ControlNet")
         if len({id(c) for c in controls}) != len(controls):
@@ -138,12 +139,13 @@ class Controlled(nn.Module):
         if not len(hints) == len(scales) == len(self.controls):
             raise ValueError(f"要 {len(self.controls)} 张条件图与强度，收到 {len(hints)} 张、{len(scales)} 个")
         each = [c(x, t, *cond, hint=h, scale=s) for c, h, s in zip(self.controls, hints, scales, strict=True)]
-        return self.base(x, t, *cond, residuals=[sum(rs[1:], rs[0]) for rs in zip(*each, strict=True)])
+        return self.base(x, t, *cond, residuals=[sum(rs) for rs in zip(*each, strict=True)])
 # --8<-- [end:controlled]
 
 
 # --8<-- [start:check]
-def _check_base(base):
+def check_base(base):
+    """基座满足文件开头的约定吗；不改动任何东西。"""
     if isinstance(base, Controlled):
         raise ValueError("基座已经接过 ControlNet；要接多个，请写 Controlled(base, a, b)")
     for name in ("embed", "encoder", "middle"):
@@ -154,14 +156,6 @@ def _check_base(base):
     for name, block in [*((f"encoder[{i}]", b) for i, b in enumerate(base.encoder)), ("middle", base.middle)]:
         if not isinstance(getattr(block, "out_channels", None), int):
             raise ValueError(f"基座的 {name} 缺少整数属性 out_channels")
-
-
-def _scales(scale, n):
-    if isinstance(scale, (int, float)):
-        return [scale] * n
-    if len(scale) != n:
-        raise ValueError(f"scale 必须是一个数或长 {n} 的序列，收到长 {len(scale)}")
-    return list(scale)
 
 
 def add_residuals(features, residuals):
@@ -221,28 +215,36 @@ class Stem(nn.Conv2d):
 
 
 class TinyUNet(nn.Module):
-    """两级像素 U-Net：(B, C, H, W)、t (B,) → (B, C, H, W)。H、W 为偶数。
+    """两级像素 U-Net：(B, C, H, W)、t (B,) → (B, C, H, W)，H、W 是 4 的倍数。
 
-    encoder 与 SD 同一种排法：输入卷积、每级若干残差块、级与级之间一次降采样，
-    每一块都留一条跳连。这里是 1 + 1 + 1 + 1 = 4 条。
+    encoder 的排法与 SD 相同：输入卷积、每级若干残差块、级与级之间一次降采样，
+    每一块都留一条跳连，这里共 4 条。每 2×2 个像素先并成一个位置，所以特征的边长是 H/2。
     """
 
-    def __init__(self, channels=1, width=(32, 64), classes=0, dim=64):
+    def __init__(self, channels=1, width=(32, 48), classes=0, dim=64):
         super().__init__()
         a, b = width
         self.embed = Embed(dim, classes)
         self.encoder = nn.ModuleList([
-            Stem(channels, a),                 # (B, a, H, W)
-            Block(a, a, dim),                  # (B, a, H, W)
-            Block(a, a, dim, stride=2),        # (B, a, H/2, W/2)
-            Block(a, b, dim),                  # (B, b, H/2, W/2)
+            Stem(channels, a),                 # (B, a, H/2, W/2)
+            Block(a, a, dim),                  # (B, a, H/2, W/2)
+            Block(a, a, dim, stride=2),        # (B, a, H/4, W/4)
+            Block(a, b, dim),                  # (B, b, H/4, W/4)
         ])
-        self.middle = Block(b, b, dim)         # (B, b, H/2, W/2)
-        self.decoder = nn.ModuleList([Block(b + b, b, dim), Block(b + a, a, dim), Block(a + a, a, dim), Block(a + a, a, dim)])
-        self.up = nn.Upsample(scale_factor=2)
-        self.out = nn.Sequential(nn.GroupNorm(4, a), nn.SiLU(), nn.Conv2d(a, 4 * channels, 3, padding=1), nn.PixelShuffle(2))
+        self.middle = Block(b, b, dim)         # (B, b, H/4, W/4)
+        self.decoder = nn.ModuleList([         # 输入通道 = 上一块的输出 + 跳连，与 encoder 次序相反
+            Block(b + b, b, dim),              # (B, b, H/4, W/4)
+            Block(b + a, a, dim),              # (B, a, H/4, W/4)
+            Block(a + a, a, dim),              # (B, a, H/2, W/2)
+            Block(a + a, a, dim),              # (B, a, H/2, W/2)
+        ])
+        self.out = nn.Sequential(
+            nn.GroupNorm(4, a), nn.SiLU(), nn.Conv2d(a, 4 * channels, 3, padding=1), nn.PixelShuffle(2)
+        )
 
     def forward(self, x, t, *cond, residuals=None):
+        if x.ndim != 4 or x.shape[-1] % 4 or x.shape[-2] % 4:
+            raise ValueError(f"x 的形状必须是 (B, C, H, W) 且 H、W 是 4 的倍数，收到 {tuple(x.shape)}")
         emb = self.embed(t, *cond)
         h, skips = x, []
         for block in self.encoder:
@@ -253,8 +255,8 @@ class TinyUNet(nn.Module):
             *skips, h = add_residuals([*skips, h], residuals)
         for block in self.decoder:
             skip = skips.pop()
-            if h.shape[-1] < skip.shape[-1]:
-                h = self.up(h)
+            if h.shape[-2:] != skip.shape[-2:]:
+                h = F.interpolate(h, skip.shape[-2:])            # 回到上一级的边长
             h = block(torch.cat([h, skip], 1), emb)
         return self.out(h)
 # --8<-- [end:unet]

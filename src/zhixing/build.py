@@ -23,9 +23,9 @@ from zhixing.project import Project
 class Build:
     """一个项目的构建；``mkdocs serve`` 期间反复 :meth:`start`，执行引擎常驻。"""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, checkpoints: bool) -> None:
         self.root = root
-        self.engine = Engine(root)
+        self.engine = Engine(root, checkpoints=checkpoints)
         self.for_print = bool(os.environ.get("ZHIXING_PRINT"))
 
     # ---- 开始：扫描、执行 ----
@@ -182,10 +182,10 @@ class Build:
 _BUILDS: dict[Path, Build] = {}
 
 
-def get(root: Path) -> Build:
-    """同一个项目在一个进程里共用一个 Build。"""
+def get(root: Path, checkpoints: bool = False) -> Build:
+    """同一个项目在一个进程里共用一个 Build；``checkpoints`` 只在 ``mkdocs serve`` 里打开。"""
     if root not in _BUILDS:
-        _BUILDS[root] = Build(root)
+        _BUILDS[root] = Build(root, checkpoints)
     return _BUILDS[root]
 
 

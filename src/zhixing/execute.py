@@ -257,11 +257,17 @@ class Engine:
     """核对一批单元；zygote 可以跨多次调用常驻（``mkdocs serve``）。"""
 
     def __init__(
-        self, root: Path, *, workers: int | None = None, cache: bool = True, executor: Executor | None = None
+        self,
+        root: Path,
+        *,
+        workers: int | None = None,
+        cache: bool = True,
+        executor: Executor | None = None,
+        checkpoints: bool = False,
     ) -> None:
         self.root = root
         self.cache = Cache(root / ".cache" / "zhixing" / "results", root)
-        self.use_cache = cache
+        self.use_cache, self.checkpoints = cache, checkpoints
         self.executor = executor or ZygoteExecutor(root, workers or len(os.sched_getaffinity(0)))
 
     def job(self, unit: Unit) -> dict[str, Any]:
@@ -269,6 +275,7 @@ class Engine:
         return {
             "file": unit.file,
             "root": str(self.root),
+            "checkpoints": self.checkpoints,
             "blocks": blocks,
             "needs": heavy_imports((b["source"] for b in blocks if b["lang"] in ("python", "pycon")), self.root),
         }

@@ -24,7 +24,7 @@ import traceback
 import types
 from typing import Any
 
-from zhixing import sandbox
+from zhixing import checkpoint, sandbox
 
 MAX_OUTPUT = 256 << 10
 _HERE = os.path.dirname(os.path.abspath(__file__))
@@ -52,19 +52,16 @@ def run(job: dict[str, Any], progress: int, output: int, result: int) -> None:
         result: 写结果 JSON 的文件。
     """
     os.setsid()
-    os.dup2(output, 1)
-    os.dup2(output, 2)
     sys.stdin = open(os.devnull)
     os.dup2(sys.stdin.fileno(), 0)
     for name, fd in (("stdout", 1), ("stderr", 2)):
         setattr(sys, name, io.TextIOWrapper(os.fdopen(fd, "wb", 0, closefd=False), "utf-8", write_through=True))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     faulthandler.enable(file=sys.stderr)
-    os.chdir(job["cwd"])
-    os.environ.update(HOME=job["cwd"], TMPDIR=job["cwd"], PWD=job["cwd"])
+    page = _Page()
+    page.attach(job, progress, output, result)
     isolation = sandbox.enter(job["root"])
-
-    page = _Page(job, progress, output)
+    page.begin()
     if "mutants" in job:
         payload = {"survived": page.hunt()}
     else:
@@ -75,27 +72,37 @@ def run(job: dict[str, Any], progress: int, output: int, result: int) -> None:
             "figures": page.recorded.figures,
             "metrics": page.recorded.metrics,
             "isolation": isolation,
+            "resumed": page.resumed,
         }
-    with os.fdopen(result, "w", encoding="utf-8") as f:
+    with os.fdopen(page.result, "w", encoding="utf-8") as f:
         json.dump(payload, f, ensure_ascii=False)
     # 不走解释器的正常退出：torch 的收尾要 0.3–0.7 秒，而结果已经写好
     os._exit(0)
 
 
 class _Page:
-    def __init__(self, job: dict[str, Any], progress: int, output: int) -> None:
+    def __init__(self) -> None:
         from zhixing.artifacts import recorded
 
-        self.job, self.progress, self.output = job, progress, output
-        self.root = os.path.join(job["root"], "")
         self.recorded = recorded
         self.results: list[dict[str, Any]] = []
         self.opened: set[str] = set()
-        self.read_from = 0
         self.before = set(sys.modules)
-        self.page_errors = (BlockTimeout,)
+        self.resumed = 0
+
+    def attach(self, job: dict[str, Any], progress: int, output: int, result: int) -> None:
+        """接上一个作业的文件与工作目录（从检查点继续时再接一次）。"""
+        self.job, self.progress, self.output, self.result = job, progress, output, result
+        self.root = os.path.join(job["root"], "")
+        self.read_from = 0
+        os.dup2(output, 1)
+        os.dup2(output, 2)
+        os.chdir(job["cwd"])
+        os.environ.update(HOME=job["cwd"], TMPDIR=job["cwd"], PWD=job["cwd"])
+
+    def begin(self) -> None:
         module = types.ModuleType("__main__")
-        module.__file__ = job["file"]
+        module.__file__ = self.job["file"]
         sys.modules["__main__"] = module
         self.globals = module.__dict__
         _seed()
@@ -122,12 +129,23 @@ class _Page:
             linecache.cache[file] = (sum(map(len, lines)), None, lines, file)
 
     def execute(self) -> None:
-        for k, block in enumerate(self.job["blocks"]):
+        k, since = 0, 0.0
+        while k < len(self.job["blocks"]):
+            if since >= checkpoint.WORTH and self.job.get("checkpoints") and not os.listdir():
+                since = 0.0
+                woken = checkpoint.leave(self.job["spool"], k, self)
+                if woken:
+                    self.attach(*woken)
+                    self._line_cache()
+                    self.resumed = k
+            block = self.job["blocks"][k]
             entry = self._run_block(k, block)
             self.results.append(entry)
+            since += entry["seconds"]
             error = entry["error"]
             if error and not (block["raises"] and error["code"] in ("R301", "R306")):
                 return
+            k += 1
 
     def _run_block(self, k: int, block: dict[str, Any]) -> dict[str, Any]:
         """执行一块，返回 ``out error seconds figs``。"""

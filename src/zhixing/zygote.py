@@ -18,6 +18,7 @@ import time
 from typing import Any
 
 from zhixing import runner
+from zhixing.checkpoint import Shelf
 
 # import 的重量，决定预载与调度的先后
 HEAVY = {"numpy": 1, "matplotlib": 2, "torch": 4}
@@ -45,31 +46,36 @@ def preload(module: str) -> None:
 class Child:
     """一个正在跑的页进程与它的三个文件。"""
 
-    def __init__(self, job: dict[str, Any]) -> None:
+    def __init__(self, job: dict[str, Any], shelf: Shelf) -> None:
         self.job = job
         base = job["spool"]
         flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
-        self.progress, self.output, self.result = (
+        self.progress, self.output, result = (
             os.open(f"{base}.{kind}", flags | extra, 0o600)
             for kind, extra in (("progress", os.O_APPEND), ("out", os.O_APPEND), ("json", 0))
         )
+        fds = (self.progress, self.output, result)
+        self.pid = shelf.resume(job, fds) or self._fork(fds)
+        os.close(result)
+
+    def _fork(self, fds: tuple[int, int, int]) -> int:
         if sys.platform == "linux":
             threads = len(os.listdir("/proc/self/task"))
             if threads != 1:
                 raise RuntimeError(f"fork 之前应只有一个线程，现有 {threads} 个")
-        self.pid = os.fork()
-        if self.pid == 0:
+        pid = os.fork()
+        if pid == 0:
             try:
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                runner.run(job, self.progress, self.output, self.result)
+                runner.run(self.job, *fds)
             except BaseException:
                 import traceback
 
                 traceback.print_exc()
             finally:
                 os._exit(70)
-        os.close(self.result)
+        return pid
 
     def overdue(self) -> bool:
         _, deadline = self.position()
@@ -102,6 +108,7 @@ class Zygote:
         self.events, self.slots = events, slots
         self.loaded: set[str] = set()
         self.pending: list[dict[str, Any]] = []
+        self.shelf = Shelf()
         self.running: dict[int, Child | None] = {}  # None：分出去跑轻作业的分身
 
     def emit(self, **event: Any) -> None:
@@ -124,7 +131,7 @@ class Zygote:
                 self.delegate(ready)
                 self.pending = [j for j in self.pending if j not in ready]
             else:
-                child = Child(self.pending.pop(0))
+                child = Child(self.pending.pop(0), self.shelf)
                 self.running[child.pid] = child
 
     def delegate(self, jobs: list[dict[str, Any]]) -> None:
@@ -135,7 +142,8 @@ class Zygote:
         try:
             signal.set_wakeup_fd(-1)
             double = Zygote(self.events, 1)
-            double.loaded, double.pending = self.loaded, list(jobs)
+            double.loaded = self.loaded
+            double.pending = [job | {"checkpoints": False} for job in jobs]  # 分身一走，检查点就没人认领了
             double.drain()
         finally:
             os._exit(0)
@@ -159,7 +167,8 @@ class Zygote:
             if child is None:
                 continue
             child.kill_group()  # 它留在后台的子进程
-            _reap_orphans(set(self.running))
+            self.shelf.collect(child.job)
+            _reap_orphans(set(self.running) | self.shelf.pids())
             k, deadline = child.position()
             late = deadline is not None and time.monotonic() > deadline
             self.emit(id=child.job["id"], status=os.waitstatus_to_exitcode(status), block=k, late=late)
@@ -215,6 +224,7 @@ def main() -> None:
             zygote.pending += map(json.loads, lines)
         zygote.reap()
         zygote.schedule()
+    zygote.shelf.clear()
 
 
 if __name__ == "__main__":

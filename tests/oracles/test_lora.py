@@ -2,6 +2,7 @@
 
 import copy
 import math
+import random
 
 import pytest
 import torch
@@ -11,8 +12,12 @@ from torch import nn
 from minisd import lora
 from minisd.lora import LoRALinear
 
-# 随机但固定的形状：(d_out, d_in, r, alpha, 偏置)；含 r=1、r 超过 min(d, k)、alpha 非整数
-SHAPES = [(5, 7, 1, 1, True), (16, 16, 4, 8, False), (24, 16, 16, 3, True), (3, 40, 8, 0.5, True), (64, 12, 2, 32, False)]
+# (d_out, d_in, r, alpha, 偏置)：先是几个边角（r=1、r 超过 min(d, k)、alpha 非整数），再是固定种子抽的 16 组
+_rng = random.Random(0)
+SHAPES = [(5, 7, 1, 1, True), (24, 16, 32, 3, True), (3, 40, 8, 0.5, False)] + [
+    (_rng.randint(1, 96), _rng.randint(1, 96), _rng.randint(1, 24), _rng.choice([1, 2, 8, 16, 0.3]), _rng.random() < 0.5)
+    for _ in range(16)
+]
 
 
 class Attention(nn.Module):
@@ -86,7 +91,6 @@ def test_增量_合并_还原(shape):
     theirs.unmerge()
     torch.testing.assert_close(ours.base.weight, theirs.base_layer.weight, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(ours.base.weight, origin, rtol=1e-12, atol=1e-12)
-    assert not torch.equal(ours.base.weight, origin + ours.delta())
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.25, 2.0])
