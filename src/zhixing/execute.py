@@ -268,7 +268,8 @@ class Engine:
         self.root = root
         self.cache = Cache(root / ".cache" / "zhixing" / "results", root)
         self.use_cache, self.checkpoints = cache, checkpoints
-        self.executor = executor or ZygoteExecutor(root, workers or len(os.sched_getaffinity(0)))
+        self.workers = workers or len(os.sched_getaffinity(0))
+        self.executor = executor or ZygoteExecutor(root, self.workers)
 
     def job(self, unit: Unit) -> dict[str, Any]:
         blocks = [describe_block(block, unit) for block in unit.blocks]

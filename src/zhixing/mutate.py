@@ -7,8 +7,10 @@
 from __future__ import annotations
 
 import ast
+import builtins
 import copy
 import random
+import re
 from collections.abc import Iterator
 from concurrent.futures import as_completed
 from dataclasses import dataclass
@@ -44,6 +46,8 @@ _SWAP: dict[type, type] = {
 # 去掉这一步：f(x) -> x，x.f() -> x
 _STRIP = {"sqrt", "rsqrt", "exp", "log", "abs", "softmax", "log_softmax", "sigmoid", "relu", "silu", "detach", "clamp",
           "flip", "sort", "sorted", "cumsum", "cumprod", "normalize", "no_grad", "reversed", "set"}  # fmt: skip
+_COMMON = {*dir(builtins), "torch", "np", "numpy", "nn", "F", "plt", "math", "random", "ax", "fig", "axes", "t", "i", "k", "_",
+           "re", "itertools", "time", "os", "sys"}  # fmt: skip
 _PLOTTING = {"plt", "ax", "axes", "fig", "axs", "left", "right", "zhixing"}
 _IGNORED_CALLS = {"manual_seed", "seed", "default_rng", "Generator", "print", "set_num_threads", "figure", "metric"}
 
@@ -214,6 +218,32 @@ def collect(unit: Unit, root: Path, modules: bool = True) -> list[Mutant]:
     return found
 
 
+def affected(unit: Unit, k: int) -> list[int]:
+    """改了第 ``k`` 块之后值得重跑的块：它自己，以及（传递地）用到它碰过的名字的块。
+
+    名字按词法看，宁多勿少；bash 等块可能读到它写的文件，也算。
+    """
+    result, tainted = [k], _names(unit.blocks[k].source)
+    for i in range(k + 1, len(unit.blocks)):
+        block = unit.blocks[i]
+        names = _names(block.source) if block.lang in ("python", "pycon") else set()
+        if block.lang not in ("python", "pycon") or names & tainted:
+            result.append(i)
+            tainted |= names
+    return result
+
+
+def _names(source: str) -> set[str]:
+    """代码里出现的变量名；import 进来的模块与内建名字除外。"""
+    try:
+        tree = ast.parse(source)
+    except SyntaxError:  # pycon：连同提示符一起按词切
+        return set(re.findall(r"[A-Za-z_]\w*", source))
+    found = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
+    found |= {n.name for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))}
+    return found - _COMMON
+
+
 def _local_imports(source: str, root: Path) -> set[str]:
     found = set()
     for node in ast.walk(ast.parse(source)):
@@ -277,8 +307,19 @@ def run(project: Project, engine: Engine, *, sample: int | None, seed: int = 0, 
         for mutant in chosen:
             by_module.setdefault(mutant.module, []).append(mutant)
         for module, group in by_module.items():
+            everything = list(range(len(unit.blocks)))
             job_group = job | {
-                "mutants": [{"block": m.block, "source": m.source, "module": m.module} for m in group],
+                "parallel": engine.workers,
+                "mutants": [
+                    {
+                        "block": m.block,
+                        "source": m.source,
+                        "module": m.module,
+                        "line": m.line,
+                        "affects": everything if m.module else affected(unit, m.block),
+                    }
+                    for m in group
+                ],
             }
             futures[engine.executor.submit(execute_job, job_group)] = (scan.file, group, len(skipped) if not module else 0)
     survivors: dict[str, list[Mutant]] = {}
@@ -290,7 +331,7 @@ def run(project: Project, engine: Engine, *, sample: int | None, seed: int = 0, 
         if "survived" not in payload:
             raise RuntimeError(f"{file} 的变异检查没有跑完：{payload['blocks'][-1]['error']}")
         survivors.setdefault(file, []).extend(group[i] for i in payload["survived"])
-        totals[file] = totals.get(file, 0) + len(group)
+        totals[file] = totals.get(file, 0) + len(group) - len(payload["idle"])
         equal[file] = equal.get(file, 0) + skipped
         progress(file)
     for file in sorted(totals):

@@ -63,7 +63,7 @@ def run(job: dict[str, Any], progress: int, output: int, result: int) -> None:
     isolation = sandbox.enter(job["root"])
     page.begin()
     if "mutants" in job:
-        payload = {"survived": page.hunt()}
+        payload = page.hunt()
     else:
         page.execute()
         payload = {
@@ -95,6 +95,7 @@ class _Page:
         self.job, self.progress, self.output, self.result = job, progress, output, result
         self.root = os.path.join(job["root"], "")
         self.read_from = 0
+        _die_with_parent()
         os.dup2(output, 1)
         os.dup2(output, 2)
         os.chdir(job["cwd"])
@@ -182,57 +183,107 @@ class _Page:
 
     # ---- 变异检查 ----
 
-    def hunt(self) -> list[int]:
-        """返回没有被发现的变异的序号。
+    def hunt(self) -> dict[str, list[int]]:
+        """返回没有被发现的变异（``survived``）与所在行根本没执行到的变异（``idle``）的序号。
 
         跑到第 k 块之前，为第 k 块的每个变异 fork 一份现场；改被 import 的模块的变异从头跑。
         """
         blocks, mutants = self.job["blocks"], self.job["mutants"]
-        survived = []
         total = sum(b["seconds"] for b in blocks)
         # 监督者按最后一行的截止时刻收人：整页的变异一起算
         os.write(self.progress, f"0 {time.monotonic() + 60 + len(mutants) * (30 + 6 * total)}\n".encode())
         self.progress = os.open(os.devnull, os.O_WRONLY)
+        idle = self._idle(mutants)
+        survived = []
         for k, block in enumerate(blocks):
-            for i, mutant in enumerate(mutants):
-                if mutant["block"] == k and not self._detects(k, mutant):
-                    survived.append(i)
+            here = [i for i, mutant in enumerate(mutants) if mutant["block"] == k and i not in idle]
+            survived += self._survivors(here)
             if all(m["block"] <= k for m in mutants):
                 break
             self._run_block(k, block)
-        return survived
+        return {"survived": survived, "idle": sorted(idle)}
 
-    def _detects(self, k: int, mutant: dict[str, Any]) -> bool:
-        blocks = self.job["blocks"]
+    def _idle(self, mutants: list[dict[str, Any]]) -> set[int]:
+        """改在模块里、而这一页执行不到的行上的变异。"""
+        files = {os.path.join(self.root, m["module"]): m["module"] for m in mutants if m["module"]}
+        if not files:
+            return set()
+        read, write = os.pipe()
         pid = os.fork()
         if pid == 0:
+            lines: set[tuple[str, int]] = set()
+
+            def trace(frame: types.FrameType, event: str, _: object):
+                module = files.get(frame.f_code.co_filename)
+                if module is None:
+                    return None
+                lines.add((module, frame.f_lineno))
+                return trace
+
             try:
-                os._exit(1 if self._goes_red(k, mutant) else 0)
-            except BaseException:
-                os._exit(1)
-        deadline = time.monotonic() + sum(_patience(b) + 2 for b in blocks[k:])
-        while True:
-            done, status = os.waitpid(pid, os.WNOHANG)
-            if done:
-                return status != 0
-            if time.monotonic() > deadline:
-                os.kill(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-                return True
+                self._private_output()
+                sys.settrace(trace)
+                for k, block in enumerate(self.job["blocks"]):
+                    self._run_block(k, block | {"timeout": 10 * _patience(block)})
+                sys.settrace(None)
+                with os.fdopen(write, "w") as f:
+                    json.dump(sorted(lines), f)
+            finally:
+                os._exit(0)
+        os.close(write)
+        with os.fdopen(read) as f:
+            text = f.read()
+        os.waitpid(pid, 0)
+        ran = {tuple(item) for item in json.loads(text)}
+        return {i for i, m in enumerate(mutants) if m["module"] and (m["module"], m["line"]) not in ran}
+
+    def _survivors(self, chosen: list[int]) -> list[int]:
+        """并行地试这些变异，返回没有变红的。"""
+        waiting, survived = list(chosen), []
+        running: dict[int, tuple[int, float]] = {}
+        while waiting or running:
+            while waiting and len(running) < self.job["parallel"]:
+                i = waiting.pop(0)
+                mutant = self.job["mutants"][i]
+                pid = os.fork()
+                if pid == 0:
+                    try:
+                        os._exit(1 if self._goes_red(mutant) else 0)
+                    except BaseException:
+                        os._exit(1)
+                patience = sum(_patience(self.job["blocks"][k]) + 2 for k in mutant["affects"])
+                running[pid] = (i, time.monotonic() + patience)
+            for pid, (i, deadline) in list(running.items()):
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if not done and time.monotonic() > deadline:
+                    os.kill(pid, signal.SIGKILL)
+                    done, status = os.waitpid(pid, 0)
+                if done:
+                    del running[pid]
+                    if status == 0:
+                        survived.append(i)
             time.sleep(0.002)
+        return survived
 
-    def _goes_red(self, k: int, mutant: dict[str, Any]) -> bool:
-        from zhixing.blocks import Block, Expected
-        from zhixing.verify import verify
-
-        self.output = os.memfd_create("mutant") if hasattr(os, "memfd_create") else os.dup(1)
+    def _private_output(self) -> None:
+        self.output = os.memfd_create("mutant") if hasattr(os, "memfd_create") else os.open(
+            tempfile.mktemp(), os.O_RDWR | os.O_CREAT
+        )
         self.read_from = 0
         os.dup2(self.output, 1)
         os.dup2(self.output, 2)
+
+    def _goes_red(self, mutant: dict[str, Any]) -> bool:
+        from zhixing.blocks import Block, Expected
+        from zhixing.verify import verify
+
+        _die_with_parent()
+        self._private_output()
         if mutant["module"]:
             _overlay(os.path.join(self.job["root"], mutant["module"]), mutant["source"])
-        for i, block in enumerate(self.job["blocks"][k:], k):
-            if i == k and not mutant["module"]:
+        for i in mutant["affects"]:
+            block = self.job["blocks"][i]
+            if i == mutant["block"] and not mutant["module"]:
                 block = block | {"source": mutant["source"]}
             entry = self._run_block(i, block | {"timeout": _patience(block)})
             declared = block["declared"]
@@ -430,6 +481,12 @@ def _chain(trace: traceback.TracebackException):
         seen.add(id(part))
         yield part
         stack += [part.__cause__, part.__context__]
+
+
+def _die_with_parent() -> None:
+    """父进程一死就跟着死（Linux）：构建被 SIGKILL 时不留下还在跑的页。"""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
 
 
 def _patience(block: dict[str, Any]) -> float:

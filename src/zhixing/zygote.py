@@ -1,6 +1,7 @@
 """只做 import 的单线程进程：每一页 fork 一个子进程，免去反复 import torch 的两秒。
 
-协议：标准输入一行一个 JSON 作业，标准输出一行一个 JSON 事件；标准输入关闭即收尾退出。
+协议：标准输入一行一个 JSON 作业，标准输出一行一个 JSON 事件；标准输入关闭（父进程收工或死了）
+就杀掉还在跑的、退出。
 它绝不执行任何算子——在多线程 OpenMP 之后 fork，子进程会永远挂住。
 """
 
@@ -112,8 +113,11 @@ class Zygote:
         self.running: dict[int, Child | None] = {}  # None：分出去跑轻作业的分身
 
     def emit(self, **event: Any) -> None:
-        # 一行短于 PIPE_BUF，多个进程同写也不会交错
-        os.write(self.events, (json.dumps(event) + "\n").encode())
+        try:
+            # 一行短于 PIPE_BUF，多个进程同写也不会交错
+            os.write(self.events, (json.dumps(event) + "\n").encode())
+        except BrokenPipeError:
+            pass  # 父进程死了；标准输入随即关闭，主循环会收场
 
     def schedule(self) -> None:
         self.pending.sort(key=lambda job: sum(HEAVY[m] for m in job["needs"]))
@@ -210,7 +214,7 @@ def main() -> None:
     selector.register(0, selectors.EVENT_READ)
     selector.register(wake_read, selectors.EVENT_READ)
     buffer, closed = b"", False
-    while not closed or zygote.pending or zygote.running:
+    while not closed:
         for key, _ in selector.select(timeout=0.25 if zygote.running else None):
             if key.fd == wake_read:
                 os.read(wake_read, 4096)
@@ -223,8 +227,15 @@ def main() -> None:
             *lines, buffer = (buffer + data).split(b"\n")
             zygote.pending += map(json.loads, lines)
         zygote.reap()
-        zygote.schedule()
+        if not closed:
+            zygote.schedule()
     zygote.shelf.clear()
+    for pid, child in zygote.running.items():
+        if child is not None:
+            child.kill_group()
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    _reap_orphans(set())  # 分身名下的页进程，此刻都过继过来了
 
 
 if __name__ == "__main__":

@@ -1,0 +1,48 @@
+"""公共夹具：一个最小项目，以及整场测试共用的执行进程。"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from zhixing.execute import Engine, ZygoteExecutor
+
+
+class Site:
+    """一个最小项目：``mkdocs.yml``、``docs/``、``examples/``。"""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        for name in ("docs", "examples"):
+            (root / name).mkdir(parents=True)
+        self.write("mkdocs.yml", "site_name: 测试\n")
+
+    def write(self, file: str, content: str | bytes) -> Path:
+        """写一个文件；字节原样写，文字按 UTF-8 写且不换行尾。"""
+        path = self.root / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return path
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Site:
+    return Site(tmp_path / "site")
+
+
+@pytest.fixture(scope="session")
+def executor(tmp_path_factory: pytest.TempPathFactory):
+    """常驻的 zygote，各测试的项目都交给它执行；启动它的环境里有一个令牌，代码块不应看到。"""
+    os.environ["ZHIXING_TEST_TOKEN"] = "ghp_secret"
+    shared = ZygoteExecutor(tmp_path_factory.mktemp("zygote"), workers=4)
+    yield shared
+    shared.shutdown()
+    del os.environ["ZHIXING_TEST_TOKEN"]
+
+
+@pytest.fixture
+def engine(site: Site, executor: ZygoteExecutor) -> Engine:
+    """检查 ``site`` 的引擎；不用 ``close``，执行进程由整场测试共用。"""
+    return Engine(site.root, executor=executor)
