@@ -109,6 +109,10 @@ def mutate(args: argparse.Namespace) -> int:
         )
     finally:
         engine.close()
+    if args.record:
+        if args.sample is not None:
+            raise SystemExit("zhixing: --record 只记全部变异的结果，不能与 --sample 同用")
+        mutation.record(project, verdicts)
     for verdict in verdicts:
         for mutant in verdict.survivors:
             print(f"{mutant.file}:{mutant.line}: 幸存 {mutant.what}")
@@ -166,6 +170,7 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--sample", type=int, metavar="N", help="每页最多抽 N 个变异（缺省全部）")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--require", type=float, default=0.9, metavar="率", help="低于它就退出 1（缺省 0.9）")
+    p.add_argument("--record", action="store_true", help="结果记进 tests/mutation.json，显示在验证报告页")
     p.set_defaults(run=mutate)
 
     p = commands.add_parser("new", help="按模板新建一页，如 control/ip-adapter")

@@ -9,6 +9,8 @@ from __future__ import annotations
 import ast
 import builtins
 import copy
+import hashlib
+import json
 import random
 import re
 from collections.abc import Iterator
@@ -19,6 +21,7 @@ from typing import Any
 
 import yaml
 
+from zhixing.cache import file_hash, write_atomic
 from zhixing.execute import Engine, Unit, execute_job
 from zhixing.project import Project
 
@@ -190,6 +193,7 @@ class Verdict:
     total: int
     survivors: list[Mutant]
     equivalent: int
+    fingerprint: str
 
     @property
     def rate(self) -> float:
@@ -336,8 +340,39 @@ def run(project: Project, engine: Engine, *, sample: int | None, seed: int = 0, 
         progress(file)
     for file in sorted(totals):
         order = sorted(survivors[file], key=lambda m: (m.file, m.line))
-        verdicts.append(Verdict(file, totals[file], order, equal[file]))
+        verdicts.append(Verdict(file, totals[file], order, equal[file], fingerprint(project, file)))
     return verdicts
+
+
+RECORD = Path("tests/mutation.json")
+
+
+def fingerprint(project: Project, file: str) -> str:
+    """页面代码与它 import 的本地模块的指纹：变了，记录就过期了。"""
+    blocks = [b for b in project.scans[file].blocks if b.runs and b.lang == "python"]
+    modules = sorted({m for b in blocks for m in _local_imports(b.source, project.root)})
+    content = [[b.source for b in blocks], [file_hash(project.root / m) for m in modules]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+
+
+def record(project: Project, verdicts: list[Verdict]) -> None:
+    """把结果并进 ``tests/mutation.json``，验证报告页从这里读。"""
+    table = recorded(project.root)
+    for verdict in verdicts:
+        table[verdict.file] = {
+            "fingerprint": verdict.fingerprint,
+            "total": verdict.total,
+            "survived": [f"{m.file}: {m.what}" for m in verdict.survivors],
+            "equivalent": verdict.equivalent,
+        }
+    text = json.dumps(dict(sorted(table.items())), ensure_ascii=False, indent=1)
+    write_atomic(project.root / RECORD, text + "\n")
+
+
+def recorded(root: Path) -> dict[str, dict[str, Any]]:
+    """已登记的变异检查结果。"""
+    path = root / RECORD
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
 
 
 def _declared(block: Any) -> dict[str, Any]:

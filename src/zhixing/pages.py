@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zhixing import report
+from zhixing import mutate, report
 from zhixing.errors import RULES
 from zhixing.project import Project
 from zhixing.questions import LEVELS, SECTIONS, Meta
@@ -59,19 +59,31 @@ def _report(project: Project) -> str:
         f"合计 {total.get('run', 0)} 块跑过，{total.get('skipped', 0)} 块带理由跳过，"
         f"{total.get('shown', 0)} 块属于只显示的语言。",
         "",
-        "| 页面 | 跑过 | 跳过 | 只显示 | 执行耗时 |",
-        "|---|--:|--:|--:|--:|",
+        "变异检查把代码改坏一处再跑，看断言会不会红；没红的是幸存者，说明那句话还没有被证明。",
+        "",
+        "| 页面 | 跑过 | 跳过 | 只显示 | 执行耗时 | 变异 | 杀死率 |",
+        "|---|--:|--:|--:|--:|--:|--:|",
     ]
+    mutations = mutate.recorded(project.root)
     skipped = []
     for row in summary["pages"]:
         file = row["file"]
         target = file.removeprefix("docs/") if row["kind"] == "page" else file.removesuffix(".py") + ".ipynb"
         lines.append(
-            f"| [{file}]({target}) | {row['run']} | {len(row['skipped'])} | {row['shown']} | {row['seconds']:.1f} 秒 |"
+            f"| [{file}]({target}) | {row['run']} | {len(row['skipped'])} | {row['shown']} | {row['seconds']:.1f} 秒 "
+            f"| {_mutation(project, file, mutations.get(file))} |"
         )
         skipped += [f"- `{file}:{item['line']}`：{item['reason']}" for item in row["skipped"]]
     lines += ["", "## 跳过的代码块与理由 {#skipped}", "", *(skipped or ["没有。"]), ""]
     return "\n".join(lines)
+
+
+def _mutation(project: Project, file: str, result: dict | None) -> str:
+    if result is None or not result["total"]:
+        return "— | —"
+    if result["fingerprint"] != mutate.fingerprint(project, file):
+        return f"{result['total']} | 代码改过，待重测"
+    return f"{result['total']} | {1 - len(result['survived']) / result['total']:.0%}"
 
 
 def _rules() -> str:
