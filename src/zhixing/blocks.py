@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -112,6 +113,7 @@ class _Recorder(superfences.SuperFencesBlockPreprocessor):
     """superfences 的预处理器，只记录、不替换；任何选项都先收下，由我们自己校验。"""
 
     found: list[_Raw]
+    at = opened = 0  # 正在看的行、最近一个围栏开头的行（0 起）
 
     def _accept(self, match: re.Match[str]) -> bool:
         self.options = {}
@@ -130,7 +132,7 @@ class _Recorder(superfences.SuperFencesBlockPreprocessor):
         elif groups["options"]:
             for option in superfences.RE_OPTIONS.finditer(groups["options"]):
                 options[option["key"]] = option["key"] if option["value"] is None else option["value"]
-        self.lang = lang
+        self.lang, self.opened = lang, self.at
         self._header = (lang, options, (groups["unrecognized"] or "").strip())
         return True
 
@@ -145,20 +147,16 @@ class _Recorder(superfences.SuperFencesBlockPreprocessor):
 
     def scan(self, lines: list[str]) -> tuple[list[_Raw], int | None]:
         """返回 ``(找到的块, 没闭合的围栏的行下标)``。"""
+
+        def numbered() -> Iterator[str]:
+            for self.at, line in enumerate(lines):
+                yield line
+
         self.found = []
         self.clear()
         self.stack, self.disabled_indented, self.preserve_tabs = [], False, False
-        self.search_nested(lines)
-        if self.fence is None:
-            return self.found, None
-        # 没闭合的围栏：最后一个不在任何已闭合块里的围栏样式行
-        taken = {i for r in self.found for i in range(r.start, r.end + 1)}
-        openers = (
-            i
-            for i in range(len(lines) - 1, -1, -1)
-            if i not in taken and superfences.RE_NESTED_FENCE_START.match(lines[i].lstrip("> \t"))
-        )
-        return self.found, next(openers, None)
+        self.search_nested(numbered())
+        return self.found, None if self.fence is None else self.opened
 
 
 def _recorder() -> _Recorder:
@@ -185,7 +183,7 @@ def read_text(path: Path, file: str) -> str:
     """读 UTF-8 文本；不是 UTF-8 时抛带行号的 :class:`ContentError`。"""
     data = path.read_bytes()
     try:
-        return data.decode("utf-8-sig").replace("\r\n", "\n")
+        return data.decode("utf-8-sig").replace("\r\n", "\n").replace("\r", "\n")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         raise ContentError(
@@ -232,7 +230,8 @@ def _comment_lines(lines: list[str], raws: list[_Raw]) -> set[int]:
             masked[i] = ""
     hidden: set[int] = set()
     text = "\n".join(masked)
-    for match in re.finditer(r"<!--.*?-->", text, re.S):
+    # 行首才开始注释：行内代码里提到的 <!-- 不算
+    for match in re.finditer(r"^[> ]*<!--.*?-->", text, re.S | re.M):
         first = text.count("\n", 0, match.start())
         hidden.update(range(first, first + match.group().count("\n") + 1))
     return hidden
@@ -326,9 +325,10 @@ def _option(key: str, value: str) -> object:
         return seconds
     if key == "memory":
         match = _MEMORY.match(value)
-        if not match:
-            raise ValueError(f'memory 应写成 "512MiB" 或 "2GiB"，得到 {value!r}')
-        return int(float(match[1]) * (1 << 20 if match[2] == "MiB" else 1 << 30))
+        nbytes = int(float(match[1]) * (1 << 20 if match[2] == "MiB" else 1 << 30)) if match else 0
+        if not 16 << 20 <= nbytes <= 1 << 40:
+            raise ValueError(f'memory 应写成 "512MiB" 或 "2GiB"（16 MiB 到 1024 GiB），得到 {value!r}')
+        return nbytes
     if key == "tol":
         try:
             tol = float(value)
@@ -357,10 +357,15 @@ def read_region(root: Path, path: str, region: str | None) -> tuple[str, int]:
     Raises:
         LookupError: 文件不在项目里、不存在，或没有这个区段。
     """
-    target = (root / path).resolve()
-    if not target.is_relative_to(root.resolve()) or not target.is_file():
-        raise LookupError(f"引入的文件 {path} 不存在")
-    lines = target.read_text("utf-8").splitlines()
+    try:
+        target = (root / path).resolve()
+        if not target.is_relative_to(root.resolve()) or not target.is_file():
+            raise LookupError(f"引入的文件 {path} 不存在")
+        lines = read_text(target, path).split("\n")
+    except (OSError, ValueError) as error:
+        raise LookupError(f"引入的文件 {path[:80]!r} 读不了（{error}）") from None
+    except ContentError as error:
+        raise LookupError(f"{path}：{error.problems[0].reason}") from None
     first, last = 0, len(lines)
     if region:
         marks = {
@@ -372,7 +377,7 @@ def read_region(root: Path, path: str, region: str | None) -> tuple[str, int]:
             names = sorted(set(re.findall(r"8<-+\s+\[start:([\w.-]+)\]", "\n".join(lines))))
             raise LookupError(f"{path} 里没有区段 {region!r}，现有：{'、'.join(names) or '无'}")
         first, last = marks[f"start:{region}"] + 1, marks[f"end:{region}"]
-    body = [ln for ln in lines[first:last]]
+    body = lines[first:last]
     margin = min((len(ln) - len(ln.lstrip()) for ln in body if ln.strip()), default=0)
     kept = ["" if "8<--" in ln else ln[margin:] for ln in body]
     return "\n".join(kept).rstrip("\n"), first + 1
@@ -386,7 +391,7 @@ def _bind_outputs(lines: list[str], raws: list[_Raw], result: Scan) -> list[Bloc
     for raw, block in zip(raws, result.blocks, strict=True):
         is_output = block.lang == "text" and block.title == OUTPUT_TITLE
         if not is_output:
-            if raw.options.get("tol"):
+            if block.lang == "text" and "tol" in raw.options:
                 result.problems.append(Problem(block.file, block.line, "B202", f'tol 只用于 title="{OUTPUT_TITLE}"'))
             blocks.append(replace(block, expected=None))
             continue

@@ -78,8 +78,8 @@ def heavy_imports(sources: Iterable[str], root: Path) -> list[str]:
     while stack:
         try:
             tree = ast.parse(stack.pop())
-        except SyntaxError:
-            continue
+        except (SyntaxError, ValueError, RecursionError, MemoryError):
+            continue  # 空字符、嵌套太深：执行到那一块时再报
         for node in ast.walk(tree):
             if isinstance(node, ast.Import):
                 names = [a.name for a in node.names]
@@ -93,7 +93,7 @@ def heavy_imports(sources: Iterable[str], root: Path) -> list[str]:
                 for path in (base.with_suffix(".py"), base / "__init__.py"):
                     if path.is_file() and path not in seen:
                         seen.add(path)
-                        stack.append(path.read_text("utf-8"))
+                        stack.append(path.read_text("utf-8", "replace"))
     return sorted(found & HEAVY.keys())
 
 

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import io
 import json
@@ -64,9 +65,11 @@ class Child:
             threads = len(os.listdir("/proc/self/task"))
             if threads != 1:
                 raise RuntimeError(f"fork 之前应只有一个线程，现有 {threads} 个")
+        gc.freeze()  # 现有对象移出回收范围：子进程回收时不去碰它们，也就不复制那些页
         pid = os.fork()
         if pid == 0:
             try:
+                gc.enable()
                 signal.set_wakeup_fd(-1)
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
                 runner.run(self.job, *fds)
@@ -122,30 +125,31 @@ class Zygote:
     def schedule(self) -> None:
         self.pending.sort(key=lambda job: sum(HEAVY[m] for m in job["needs"]))
         while self.pending and len(self.running) < self.slots:
-            job = self.pending[0]
-            missing = sorted(set(job["needs"]) - self.loaded, key=HEAVY.__getitem__)
-            if missing:
-                for module in missing:
-                    preload(module)
-                    self.loaded.add(module)
-                continue
-            ready = [j for j in self.pending if set(j["needs"]) <= self.loaded]
-            if 1 < len(ready) < len(self.pending) and self.slots > 1:
-                # 轻作业交给一个分身去跑，自己同时 import 重模块
-                self.delegate(ready)
-                self.pending = [j for j in self.pending if j not in ready]
-            else:
+            missing = {m for job in self.pending for m in job["needs"]} - self.loaded
+            if not missing:
                 child = Child(self.pending.pop(0), self.shelf)
                 self.running[child.pid] = child
+                continue
+            heaviest = max(missing, key=HEAVY.__getitem__)
+            light = [job for job in self.pending if heaviest not in job["needs"]]
+            if light and self.slots > 1:
+                # 用不到它的作业交给分身去跑，自己同时 import：torch 的两秒是最长的一段
+                self.delegate(light)
+                self.pending = [job for job in self.pending if heaviest in job["needs"]]
+                missing = {m for job in self.pending for m in job["needs"]} - self.loaded
+            for module in sorted(missing, key=HEAVY.__getitem__):
+                preload(module)
+                self.loaded.add(module)
 
     def delegate(self, jobs: list[dict[str, Any]]) -> None:
+        gc.freeze()
         pid = os.fork()
         if pid:
             self.running[pid] = None
             return
         try:
             signal.set_wakeup_fd(-1)
-            double = Zygote(self.events, 1)
+            double = Zygote(self.events, self.slots - 1)
             double.loaded = self.loaded
             double.pending = [job | {"checkpoints": False} for job in jobs]  # 分身一走，检查点就没人认领了
             double.drain()
@@ -183,21 +187,33 @@ def _reap_orphans(keep: set[int]) -> None:
     """杀掉过继到我们名下的孙进程（它们用 setsid 逃出了进程组）。"""
     if sys.platform != "linux":
         return
-    me = str(os.getpid())
-    for entry in os.listdir("/proc"):
-        if not entry.isdigit() or int(entry) in keep:
-            continue
+    for pid in _children() - keep:
         try:
-            with open(f"/proc/{entry}/stat", "rb") as f:
-                parent = f.read().rpartition(b")")[2].split()[1].decode()
-            if parent == me:
-                os.kill(int(entry), signal.SIGKILL)
-                os.waitpid(int(entry), 0)
-        except (OSError, IndexError):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+        except OSError:
             continue
+
+
+def _children() -> set[int]:
+    me = os.getpid()
+    try:
+        with open(f"/proc/self/task/{me}/children") as f:
+            return set(map(int, f.read().split()))
+    except OSError:  # 内核没有编入这个接口：扫一遍全部进程
+        found = set()
+        for entry in filter(str.isdigit, os.listdir("/proc")):
+            try:
+                with open(f"/proc/{entry}/stat", "rb") as f:
+                    if int(f.read().rpartition(b")")[2].split()[1]) == me:
+                        found.add(int(entry))
+            except (OSError, IndexError):
+                continue
+        return found
 
 
 def main() -> None:
+    gc.disable()  # import 只增不减，回收白费力气（torch 慢四分之一）；页进程里再打开
     events = os.dup(1)
     os.dup2(2, 1)
     os.set_inheritable(events, False)
