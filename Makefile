@@ -5,7 +5,7 @@ export NO_MKDOCS_2_WARNING := 1
 export DISABLE_MKDOCS_2_WARNING := true
 BIN := .venv/bin
 
-.PHONY: serve site test check screenshot assets env env-dev clean
+.PHONY: serve site test check screenshot lock assets env env-dev clean
 
 serve: env assets ## 构建并在 http://127.0.0.1:8000 预览，保存即更新
 	$(BIN)/mkdocs serve --livereload
@@ -40,6 +40,10 @@ node_modules/.package-lock.json: package.json package-lock.json | env
 
 screenshot: site ## 重新截 README 里的图
 	$(BIN)/python scripts/screenshot.py
+
+lock: env-dev ## 升级 requirements*.txt 之后重写 constraints.txt
+	(head -n 1 constraints.txt; $(BIN)/python -m pip freeze --exclude-editable | grep -viE '^(torch|nvidia|triton|cuda|pip|setuptools|wheel)\b') > constraints.new
+	mv constraints.new constraints.txt
 
 clean: ## 删掉构建产物与缓存（结果不变，只是下次从头跑）
 	rm -rf site .site.building .site.old .cache

@@ -46,8 +46,8 @@ assert data.mean(0).abs().max() < 0.1 and (data.std(0) - 1).abs().max() < 0.25  
 
 
 def scatter(ax, points, label, title):
-    """画一张点图：按弧的编号上色。点多，所以存成位图嵌进 SVG。"""
-    ax.scatter(*points.T, s=2, c=[f"C{k}" for k in label.tolist()], linewidths=0, rasterized=True)
+    """画一张点图：按弧的编号上色，只画前 1000 个点，存成位图嵌进 SVG。"""
+    ax.scatter(*points[:1000].T, s=3, c=[f"C{k}" for k in label[:1000].tolist()], linewidths=0, rasterized=True)
     ax.set(title=title, xlim=(-2.6, 2.6), ylim=(-2.6, 2.6), aspect="equal")
     ax.axis("off")
 
@@ -86,7 +86,7 @@ zhixing.figure("forward", fig)
 
 
 # %% [markdown]
-# ## 网络：一个认识 $t$ 的小 MLP
+# ## 网络：一个认识步号的小 MLP
 #
 # 输入是 $x_t$ 和步号 $t$，输出与 $x_t$ 同形状的噪声估计 $\varepsilon_\theta(x_t,t)$。坐标与步号都先展开成正弦特征：
 # 坐标需要高频才画得出鱼眼那样的细节，步号需要让每一层都知道“现在有多吵”。
@@ -206,8 +206,8 @@ zhixing.metric("excess_loss", excess)
 fig, (left, right) = plt.subplots(1, 2, figsize=(9, 3.2), dpi=150)
 window = 100
 smooth = losses.unfold(0, window, 1).mean(1)                       # 滑动平均
-left.plot(losses, color="C0", alpha=0.2, lw=0.5)
-left.plot(range(window - 1, len(losses)), smooth, color="C0", label=f"{window} 步滑动平均")
+left.plot(range(0, len(losses), 10), losses[::10], color="C0", alpha=0.25, lw=0.5)
+left.plot(range(window - 1, len(losses), 10), smooth[::10], color="C0", label=f"{window} 步滑动平均")
 left.axhline(floor, color="C3", ls="--", label="理论下限")
 left.set(xlabel="训练步", ylabel="每维均方误差", ylim=(0, 1.1), title="训练损失")
 left.legend(frameon=False)

@@ -104,7 +104,7 @@ FAST: dict[str, Case] = {
     "等标准输入": Case(python("x = input('名字？')  # ←"), "R301", says=("EOFError",)),
     "源码里有空字符": Case(python("x = 'a\x00b'"), "R301", 4, ("null byte",)),
     "嵌套太深": Case(python("x = " + "(" * 500 + ")" * 500 + "  # ←"), "R301"),
-    "很深的一元运算": Case(python("x = " + "-" * 100000 + "1  # ←"), "R301"),
+    "很深的一元运算": Case(python("x = " + "-" * 100000 + "1  # ←"), "R306"),
     # ---- 进程死掉 ----
     "段错误": Case(python("import ctypes\nctypes.string_at(0)  # ←"), "R305", says=("信号 11",)),
     "os._exit(0)": Case(python("import os\nos._exit(0)"), "R305", 4, ("退出码 0",)),

@@ -5,8 +5,7 @@
 被截掉的 token 记成 -inf，于是 softmax 之后概率恰为零。所有函数都不改动传入的张量。
 """
 
-from __future__ import annotations
-
+# --8<-- [start:check]
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -17,7 +16,6 @@ from torch import Tensor
 Model = Callable[[Tensor], Tensor]
 
 
-# --8<-- [start:check]
 def _check_int(name: str, value: object, low: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or value < low:
         raise ValueError(f"{name} 必须是不小于 {low} 的整数，收到 {value!r}")

@@ -182,7 +182,8 @@ class Embed(nn.Module):
     def forward(self, t, y=None):
         k = torch.arange(self.dim // 2, device=t.device)
         angle = t[:, None] * torch.exp(-math.log(10_000) * k / (self.dim // 2))       # (B, dim/2)
-        emb = self.mlp(torch.cat([angle.cos(), angle.sin()], 1))                      # (B, dim)
+        wave = torch.cat([angle.cos(), angle.sin()], 1)                               # (B, dim)
+        emb = self.mlp(wave.to(self.mlp[0].weight))                                   # 与权重同精度
         return emb if self.label is None or y is None else emb + self.label(y)
 
 
@@ -255,8 +256,7 @@ class TinyUNet(nn.Module):
             *skips, h = add_residuals([*skips, h], residuals)
         for block in self.decoder:
             skip = skips.pop()
-            if h.shape[-2:] != skip.shape[-2:]:
-                h = F.interpolate(h, skip.shape[-2:])            # 回到上一级的边长
+            h = F.interpolate(h, skip.shape[2:])                 # 边长与跳连对齐；已经一样时什么也不做
             h = block(torch.cat([h, skip], 1), emb)
         return self.out(h)
 # --8<-- [end:unet]

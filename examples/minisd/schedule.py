@@ -4,7 +4,7 @@
 ----
 * 步号 ``t`` 从 0 数到 T-1，对应论文（arXiv:2006.11239）的 1 到 T；ᾱ₋₁ 规定为 1，即干净数据。
 * ``t`` 可以是一个整数（全批共用），也可以是形状 () 或 (B,) 的整型张量（每个样本一个步号）。
-* ``x0``、``x_t``、``eps`` 形状相同，第一维是批：(B, ...)；任意浮点精度，返回值与输入同精度、同设备。
+* ``x0``、``x_t``、``eps`` 形状相同，第一维是批：(B, ...)；返回值与输入同精度、同设备。
 * 系数一律以 float64 算好并保存，用到时才转成数据的精度，所以误差只来自数据本身。
 
 形状、步号或取值不合约定时抛 ValueError。
@@ -31,12 +31,13 @@ class Schedule:
         if not ((beta > 0) & (beta < 1)).all():
             raise ValueError("beta 的每个值都必须在 (0, 1) 内")
         one = torch.ones(1, dtype=torch.float64)
-        self.beta = beta                                                # β_t       这一步注入的方差
-        self.alpha = 1 - beta                                           # α_t       这一步保留的方差比例
-        self.alpha_bar = torch.cumprod(self.alpha, 0)                   # ᾱ_t       = α_0 α_1 … α_t
-        self.alpha_bar_prev = torch.cat([one, self.alpha_bar[:-1]])     # ᾱ_{t-1}   首项是 1
-        self.snr = self.alpha_bar / (1 - self.alpha_bar)                # 信噪比（signal-to-noise ratio）
-        self.beta_tilde = (1 - self.alpha_bar_prev) / (1 - self.alpha_bar) * beta  # β̃_t  后验方差，首项是 0
+        self.beta = beta                                               # β_t  注入的方差
+        self.alpha = 1 - beta                                          # α_t  保留的方差比例
+        self.alpha_bar = torch.cumprod(self.alpha, 0)                  # ᾱ_t = α_0 α_1 … α_t
+        self.alpha_bar_prev = torch.cat([one, self.alpha_bar[:-1]])    # ᾱ_{t-1}，首项是 1
+        noise_prev, noise = 1 - self.alpha_bar_prev, 1 - self.alpha_bar
+        self.snr = self.alpha_bar / noise                              # 信噪比
+        self.beta_tilde = noise_prev / noise * beta                    # β̃_t  后验方差，首项是 0
 
     def __len__(self):
         return len(self.beta)
@@ -49,8 +50,8 @@ def linear(T=1000, beta_start=1e-4, beta_end=0.02):
 
 def cosine(T=1000, s=0.008, beta_max=0.999):
     """余弦日程：先定 ᾱ 的形状，再反推 β，并截到 ``beta_max``（arXiv:2102.09672 式 17）。"""
-    u = torch.arange(_count(T) + 1, dtype=torch.float64) / T            # (T+1,) 归一化时间 0 … 1
-    f = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2                 # (T+1,) 未截断的 ᾱ，差一个常数倍
+    u = torch.arange(_count(T) + 1, dtype=torch.float64) / T           # (T+1,) 时间 0 … 1
+    f = torch.cos((u + s) / (1 + s) * math.pi / 2) ** 2                # (T+1,) ᾱ 的常数倍
     return Schedule((1 - f[1:] / f[:-1]).clamp(max=beta_max))
 # --8<-- [end:schedule]
 
@@ -74,9 +75,10 @@ def _steps(s, t, x):
     if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
         raise ValueError(f"步号 t 必须是整型，收到 {t.dtype}")
     if t.ndim > 0 and t.shape != x.shape[:1]:
-        raise ValueError(f"步号 t 的形状必须是 () 或 ({x.shape[0] if x.ndim else '批'},)，收到 {tuple(t.shape)}")
-    if t.numel() and not (0 <= int(t.min()) and int(t.max()) < len(s)):
-        raise ValueError(f"步号 t 必须在 0 到 {len(s) - 1} 之间，收到 {int(t.min())} 到 {int(t.max())}")
+        raise ValueError(f"步号 t 的形状必须是 () 或 {tuple(x.shape[:1])}，收到 {tuple(t.shape)}")
+    low, high = (int(t.min()), int(t.max())) if t.numel() else (0, 0)
+    if low < 0 or high >= len(s):
+        raise ValueError(f"步号 t 必须在 0 到 {len(s) - 1} 之间，收到 {low} 到 {high}")
     return t.to(x.device, torch.long)
 
 
@@ -103,13 +105,15 @@ def take(s, coef, t, x):
 def q_step(s, x_prev, t, eps):
     """前向一步 q(x_t | x_{t-1})：x_t = √(1-β_t) x_{t-1} + √β_t ε。全部张量 (B, ...)。"""
     _same(x_prev, eps=eps)
-    return take(s, s.alpha.sqrt(), t, x_prev) * x_prev + take(s, s.beta.sqrt(), t, x_prev) * eps
+    a, b = take(s, s.alpha.sqrt(), t, x_prev), take(s, s.beta.sqrt(), t, x_prev)
+    return a * x_prev + b * eps
 
 
 def q_sample(s, x0, t, eps):
     """一步加噪 q(x_t | x_0)：x_t = √ᾱ_t x_0 + √(1-ᾱ_t) ε。全部张量 (B, ...)。"""
     _same(x0, eps=eps)
-    return take(s, s.alpha_bar.sqrt(), t, x0) * x0 + take(s, (1 - s.alpha_bar).sqrt(), t, x0) * eps
+    a, b = take(s, s.alpha_bar.sqrt(), t, x0), take(s, (1 - s.alpha_bar).sqrt(), t, x0)
+    return a * x0 + b * eps
 # --8<-- [end:forward]
 
 
@@ -117,7 +121,8 @@ def q_sample(s, x0, t, eps):
 def velocity(s, x0, t, eps):
     """v-预测的目标：v = √ᾱ_t ε - √(1-ᾱ_t) x_0（arXiv:2202.00512）。全部张量 (B, ...)。"""
     _same(x0, eps=eps)
-    return take(s, s.alpha_bar.sqrt(), t, x0) * eps - take(s, (1 - s.alpha_bar).sqrt(), t, x0) * x0
+    a, b = take(s, s.alpha_bar.sqrt(), t, x0), take(s, (1 - s.alpha_bar).sqrt(), t, x0)
+    return a * eps - b * x0
 
 
 def split(s, x_t, t, pred, kind="eps"):
@@ -147,10 +152,10 @@ def convert(s, x_t, t, pred, source, target):
 
 # --8<-- [start:reverse]
 def posterior(s, x0, x_t, t):
-    """后验 q(x_{t-1} | x_t, x_0) 的均值 (B, ...) 与方差 β̃_t（() 或 (B, 1, …, 1)）。式 6、7。"""
+    """后验 q(x_{t-1} | x_t, x_0) 的均值 (B, ...) 与方差 β̃_t，后者是 () 或 (B, 1, …, 1)。"""
     _same(x_t, x0=x0)
-    c0 = s.alpha_bar_prev.sqrt() * s.beta / (1 - s.alpha_bar)                   # (T,) x_0 的系数
-    ct = s.alpha.sqrt() * (1 - s.alpha_bar_prev) / (1 - s.alpha_bar)            # (T,) x_t 的系数
+    c0 = s.alpha_bar_prev.sqrt() * s.beta / (1 - s.alpha_bar)              # (T,) x_0 的系数
+    ct = s.alpha.sqrt() * (1 - s.alpha_bar_prev) / (1 - s.alpha_bar)       # (T,) x_t 的系数
     mean = take(s, c0, t, x_t) * x0 + take(s, ct, t, x_t) * x_t
     return mean, take(s, s.beta_tilde, t, x_t)
 
@@ -165,14 +170,14 @@ def reverse_variance(s, variance="beta_tilde"):
 
 
 def p_step(s, x_t, t, pred, noise, kind="eps", variance="beta_tilde"):
-    """反向一步 p(x_{t-1} | x_t)：后验均值里的 x_0 换成预测值，再加 σ_t z；t = 0 时不加噪（算法 2）。
+    """反向一步 p(x_{t-1} | x_t)：后验均值里的 x_0 换成预测值，再加 σ_t z；t = 0 时不加噪。
 
-    x_t、pred、noise 都是 (B, ...)；返回 x_{t-1}，(B, ...)。
+    论文的算法 2。x_t、pred、noise 都是 (B, ...)；返回 x_{t-1}，(B, ...)。
     """
     _same(x_t, noise=noise)
     x0, _ = split(s, x_t, t, pred, kind)
     mean, _ = posterior(s, x0, x_t, t)
-    sigma = reverse_variance(s, variance).sqrt()                                # (T,) σ_t
-    sigma[0] = 0                                                                # 末步只取均值
+    sigma = reverse_variance(s, variance).sqrt()                           # (T,) σ_t
+    sigma[0] = 0                                                           # 末步只取均值
     return mean + take(s, sigma, t, x_t) * noise
 # --8<-- [end:reverse]

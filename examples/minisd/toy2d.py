@@ -21,20 +21,22 @@ SCALE = 1.5                                         # 放大后每一维的标�
 
 def taiji(n, generator=None):
     """按弧长均匀地采 n 个点，返回 (n, 2) 的 float32。"""
-    length = ARCS[:, 2] * ARCS[:, 4]                                                  # (5,)
-    k = torch.multinomial(length, n, replacement=True, generator=generator)           # (n,) 落在哪段弧
-    cx, cy, r, start, sweep = ARCS[k].T                                               # 各 (n,)
-    a = start + sweep * torch.rand(n, generator=generator)
-    return SCALE * torch.stack([cx + r * torch.cos(a), cy + r * torch.sin(a)], 1)     # (n, 2)
+    length = ARCS[:, 2] * ARCS[:, 4]                                       # (5,) 弧长
+    k = torch.multinomial(length, n, replacement=True, generator=generator)  # (n,) 哪段弧
+    cx, cy, r, start, sweep = ARCS[k].T                                    # 各 (n,)
+    a = start + sweep * torch.rand(n, generator=generator)                 # (n,) 角度
+    return SCALE * torch.stack([cx + r * torch.cos(a), cy + r * torch.sin(a)], 1)
 
 
 def distance(points):
     """每个点到最近那段弧的距离与弧的编号：(n, 2) → (n,)，(n,)。"""
-    cx, cy, r, start, sweep = ARCS.to(points).T[..., None]                            # 各 (5, 1)
-    dx, dy = points[:, 0] / SCALE - cx, points[:, 1] / SCALE - cy                     # (5, n)
-    on_arc = torch.remainder(torch.atan2(dy, dx) - start, 2 * math.pi) <= sweep       # 垂足是否在弧上
-    ends = [torch.hypot(dx - r * torch.cos(a), dy - r * torch.sin(a)) for a in (start, start + sweep)]
-    d = torch.where(on_arc, (torch.hypot(dx, dy) - r).abs(), torch.minimum(*ends))    # (5, n)
-    best = d.min(0)
+    cx, cy, r, start, sweep = ARCS.to(points).T[..., None]                 # 各 (5, 1)
+    dx, dy = points[:, 0] / SCALE - cx, points[:, 1] / SCALE - cy          # (5, n)
+    angle = torch.remainder(torch.atan2(dy, dx) - start, 2 * math.pi)
+    to_arc = (torch.hypot(dx, dy) - r).abs()                               # 垂足落在弧上时
+    to_ends = torch.minimum(*(                                             # 否则是到端点的距离
+        torch.hypot(dx - r * torch.cos(a), dy - r * torch.sin(a)) for a in (start, start + sweep)
+    ))
+    best = torch.where(angle <= sweep, to_arc, to_ends).min(0)
     return SCALE * best.values, best.indices
 # --8<-- [end:taiji]

@@ -13,6 +13,7 @@ import importlib
 import io
 import json
 import os
+import select
 import selectors
 import signal
 import sys
@@ -30,6 +31,8 @@ GRACE = 4.0  # 子进程自己的看门狗没能停下它时，再等这么久�
 def preload(module: str) -> None:
     """import 一个重模块，并付清它第一次使用时的一次性开销。"""
     importlib.import_module(module)
+    if module == "numpy":
+        importlib.import_module("numpy.random")  # 惰性的；每页开头都要给它定种子
     if module == "matplotlib":
         from matplotlib import pyplot as plt
 
@@ -122,10 +125,14 @@ class Zygote:
         except BrokenPipeError:
             pass  # 父进程死了；标准输入随即关闭，主循环会收场
 
+    def missing(self) -> set[str]:
+        """手里的作业要用、还没有 import 的重模块。"""
+        return {m for job in self.pending for m in job["needs"]} - self.loaded
+
     def schedule(self) -> None:
         self.pending.sort(key=lambda job: sum(HEAVY[m] for m in job["needs"]))
         while self.pending and len(self.running) < self.slots:
-            missing = {m for job in self.pending for m in job["needs"]} - self.loaded
+            missing = self.missing()
             if not missing:
                 child = Child(self.pending.pop(0), self.shelf)
                 self.running[child.pid] = child
@@ -136,8 +143,7 @@ class Zygote:
                 # 用不到它的作业交给分身去跑，自己同时 import：torch 的两秒是最长的一段
                 self.delegate(light)
                 self.pending = [job for job in self.pending if heaviest in job["needs"]]
-                missing = {m for job in self.pending for m in job["needs"]} - self.loaded
-            for module in sorted(missing, key=HEAVY.__getitem__):
+            for module in sorted(self.missing(), key=HEAVY.__getitem__):
                 preload(module)
                 self.loaded.add(module)
 
@@ -148,7 +154,6 @@ class Zygote:
             self.running[pid] = None
             return
         try:
-            signal.set_wakeup_fd(-1)
             double = Zygote(self.events, self.slots - 1)
             double.loaded = self.loaded
             double.pending = [job | {"checkpoints": False} for job in jobs]  # 分身一走，检查点就没人认领了
@@ -158,9 +163,11 @@ class Zygote:
 
     def drain(self) -> None:
         """跑完手里的作业。"""
+        wake = _wake_on_child_exit()
         while self.pending or self.running:
             self.schedule()
-            time.sleep(0.005)
+            if select.select([wake], [], [], 0.25)[0]:
+                os.read(wake, 4096)
             self.reap()
 
     def reap(self) -> None:
@@ -212,6 +219,16 @@ def _children() -> set[int]:
         return found
 
 
+def _wake_on_child_exit() -> int:
+    """一个文件描述符：有子进程退出时变得可读。"""
+    read, write = os.pipe()
+    os.set_blocking(read, False)
+    os.set_blocking(write, False)
+    signal.set_wakeup_fd(write)
+    signal.signal(signal.SIGCHLD, lambda *_: None)
+    return read
+
+
 def main() -> None:
     gc.disable()  # import 只增不减，回收白费力气（torch 慢四分之一）；页进程里再打开
     events = os.dup(1)
@@ -221,19 +238,15 @@ def main() -> None:
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER：孤儿过继给我们
     zygote = Zygote(events, int(sys.argv[1]))
-    wake_read, wake_write = os.pipe()
-    os.set_blocking(wake_read, False)
-    os.set_blocking(wake_write, False)
-    signal.set_wakeup_fd(wake_write)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
+    wake = _wake_on_child_exit()
     selector = selectors.DefaultSelector()
     selector.register(0, selectors.EVENT_READ)
-    selector.register(wake_read, selectors.EVENT_READ)
+    selector.register(wake, selectors.EVENT_READ)
     buffer, closed = b"", False
     while not closed:
         for key, _ in selector.select(timeout=0.25 if zygote.running else None):
-            if key.fd == wake_read:
-                os.read(wake_read, 4096)
+            if key.fd == wake:
+                os.read(wake, 4096)
                 continue
             data = os.read(0, 1 << 20)
             if not data:
