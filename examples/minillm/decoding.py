@@ -157,7 +157,7 @@ def generate(
         token = choose(model(ids), ids)                                            # (N,)
         if eos is not None:
             token = token.masked_fill(done, eos)
-            done = done | (token == eos)
+            done = token == eos                                                    # 写完的行一直是 eos
         ids = torch.cat([ids, token[:, None]], dim=1)
         if done.all():
             break

@@ -244,7 +244,7 @@ class TinyUNet(nn.Module):
         )
 
     def forward(self, x, t, *cond, residuals=None):
-        if x.ndim != 4 or x.shape[-1] % 4 or x.shape[-2] % 4:
+        if x.ndim != 4 or x.shape[2] % 4 or x.shape[3] % 4:
             raise ValueError(f"x 的形状必须是 (B, C, H, W) 且 H、W 是 4 的倍数，收到 {tuple(x.shape)}")
         emb = self.embed(t, *cond)
         h, skips = x, []

@@ -37,7 +37,7 @@ class Schedule:
         self.alpha_bar_prev = torch.cat([one, self.alpha_bar[:-1]])    # ᾱ_{t-1}，首项是 1
         noise_prev, noise = 1 - self.alpha_bar_prev, 1 - self.alpha_bar
         self.snr = self.alpha_bar / noise                              # 信噪比
-        self.beta_tilde = noise_prev / noise * beta                    # β̃_t  后验方差，首项是 0
+        self.beta_tilde = noise_prev / noise * beta                    # β̃_t  后验方差
 
     def __len__(self):
         return len(self.beta)
@@ -75,7 +75,8 @@ def _steps(s, t, x):
     if t.is_floating_point() or t.is_complex() or t.dtype == torch.bool:
         raise ValueError(f"步号 t 必须是整型，收到 {t.dtype}")
     if t.ndim > 0 and t.shape != x.shape[:1]:
-        raise ValueError(f"步号 t 的形状必须是 () 或 {tuple(x.shape[:1])}，收到 {tuple(t.shape)}")
+        want, got = tuple(x.shape[:1]), tuple(t.shape)
+        raise ValueError(f"步号 t 的形状必须是 () 或 {want}，收到 {got}")
     low, high = (int(t.min()), int(t.max())) if t.numel() else (0, 0)
     if low < 0 or high >= len(s):
         raise ValueError(f"步号 t 必须在 0 到 {len(s) - 1} 之间，收到 {low} 到 {high}")

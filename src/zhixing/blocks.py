@@ -173,10 +173,14 @@ _RECORDER: _Recorder | None = None
 
 def strip_front_matter(text: str) -> str:
     """把 front matter 换成同样多的空行，行号不变。"""
+    end = front_matter_end(text)
+    return "\n" * text.count("\n", 0, end) + text[end:]
+
+
+def front_matter_end(text: str) -> int:
+    """正文开始的下标；没有 front matter 时为 0。"""
     match = _FRONT_MATTER.match(text)
-    if not match:
-        return text
-    return "\n" * match.group().count("\n") + text[match.end() :]
+    return match.end() if match else 0
 
 
 def read_text(path: Path, file: str) -> str:

@@ -11,6 +11,7 @@ import shutil
 from pathlib import Path
 
 from zhixing import links, notebook, pages, report
+from zhixing.blocks import front_matter_end
 from zhixing.cache import write_atomic
 from zhixing.context import current
 from zhixing.errors import ContentError, Problem
@@ -90,6 +91,8 @@ class Build:
         """
         scan = self.project.scans.get(file)
         source = scan.text if scan else body
+        if scan:  # 以扫描时的内容为准：构建期间文件被改，也不会一半新一半旧
+            body = source[front_matter_end(source) :]
         offset = source.count("\n") - body.count("\n")
         meta = self.project.metas.get(file)
         if meta:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import sys
 import sysconfig
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-_ENGINE_FILES = ("runner.py", "figures.py", "artifacts.py", "sandbox.py", "zygote.py")
+_ENGINE_FILES = ("runner.py", "figures.py", "artifacts.py", "sandbox.py", "zygote.py", "execute.py")
 
 
 def file_hash(path: Path) -> str | None:
@@ -24,6 +25,15 @@ def file_hash(path: Path) -> str | None:
         return hashlib.sha256(path.read_bytes()).hexdigest()
     except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return None
+
+
+def stamp(path: Path | str) -> str:
+    """文件此刻的样子；不存在时为空串。"""
+    try:
+        status = os.stat(path)
+    except OSError:
+        return ""
+    return f"{status.st_mtime_ns}:{status.st_size}"
 
 
 @cache
@@ -60,7 +70,7 @@ class Cache:
             return None, "没有缓存"
         except (ValueError, KeyError, TypeError, OSError):
             return None, "缓存文件损坏"
-        if digest != _digest(payload):
+        if digest != _digest([deps, payload]):
             return None, "缓存文件损坏"
         if stored != key:
             return None, "代码、选项或环境变了"
@@ -69,28 +79,35 @@ class Cache:
                 return None, f"依赖 {path} 变了"
         return payload, "代码、环境与依赖都没变"
 
-    def store(self, file: str, key: str, payload: dict[str, Any], deps: list[str]) -> None:
-        """原子写入；中途被杀只会留下临时文件，不会留下半个结果。"""
-        self.directory.mkdir(parents=True, exist_ok=True)
-        entry = {
-            "key": key,
-            "deps": {path: file_hash(self.root / path) for path in deps},
-            "digest": _digest(payload),
-            "payload": payload,
-        }
-        write_atomic(self.path(file), json.dumps(entry, ensure_ascii=False))
+    def store(self, file: str, key: str, payload: dict[str, Any], seen: dict[str, str]) -> None:
+        """原子写入；中途被杀只会留下临时文件，不会留下半个结果。
+
+        Args:
+            seen: 读过的文件与读的时候的样子（:func:`stamp`）；此后又变了的话，
+                结果与现在的内容对不上，不存。
+        """
+        deps = {path: file_hash(self.root / path) for path in seen}
+        if any(stamp(self.root / path) != old for path, old in seen.items()):
+            return
+        entry = {"key": key, "deps": deps, "digest": _digest([deps, payload]), "payload": payload}
+        try:
+            if self.path(file).is_dir():
+                shutil.rmtree(self.path(file))
+            write_atomic(self.path(file), json.dumps(entry, ensure_ascii=False))
+        except OSError as error:  # 磁盘满、只读：不影响这一次的结论
+            print(f"写不了缓存 {self.path(file)}：{error}", file=sys.stderr)
 
 
 def _digest(payload: Any) -> str:
     return hashlib.sha256(json.dumps(payload, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
-def write_atomic(path: Path, text: str) -> None:
+def write_atomic(path: Path, content: str | bytes) -> None:
     """写到同目录的临时文件再改名。"""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        temporary.write_text(text, "utf-8")
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import socket
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,12 @@ def leave(spool: str, k: int, page: Any) -> Any:
             reply, tell = os.pipe()
             middle = os.fork()
             if middle == 0:
+                middle = os.getpid()
                 worker = os.fork()
                 if worker == 0:
                     os.setsid()
+                    while os.getppid() == middle:  # 过继之后才能说“父进程死我也死”
+                        time.sleep(0.0002)
                     return message, *fds
                 os.write(tell, str(worker).encode())
                 os._exit(0)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,8 @@ class Outcome:
 def clean_environment(root: Path) -> dict[str, str]:
     """子进程的环境变量。"""
     env = {name: os.environ[name] for name in _PASS_THROUGH if name in os.environ}
+    # bash 里的 python 与站点用的是同一个
+    env["PATH"] = os.pathsep.join([str(Path(sys.executable).parent), env.get("PATH", os.defpath)])
     return env | {
         "LANG": "C.UTF-8",
         "LC_ALL": "C.UTF-8",
@@ -60,7 +63,6 @@ def clean_environment(root: Path) -> dict[str, str]:
         "HOME": tempfile.gettempdir(),
         "PYTHONHASHSEED": "0",
         "PYTHONDONTWRITEBYTECODE": "1",
-        "PYTHONPATH": str(root / "examples"),
         "MPLBACKEND": "Agg",
         "MPLCONFIGDIR": str(root / ".cache" / "zhixing" / "matplotlib"),
         # 多线程算子之后 fork 会挂死；页间并行比页内两线程快
@@ -112,6 +114,15 @@ def describe_block(block: Block, unit: Unit) -> dict[str, Any]:
     }
 
 
+def _python_of(block: dict[str, Any]) -> str:
+    """块里的 Python 代码；``pycon`` 只取提示符后面的。"""
+    if block["lang"] == "python":
+        return block["source"]
+    if block["lang"] == "pycon":
+        return "\n".join(re.findall(r"^\s*(?:>>>|\.\.\.) (.*)$", block["source"], re.M))
+    return ""
+
+
 class ZygoteExecutor(Executor):
     """本机的执行后端：``submit(execute_job, job)`` 把作业交给 zygote。"""
 
@@ -145,7 +156,8 @@ class ZygoteExecutor(Executor):
     def _start(self) -> None:
         self._spool = Path(tempfile.mkdtemp(prefix="zhixing-spool-"))
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "zhixing.zygote", str(self.workers)],
+            # -P：项目根目录不进 sys.path；examples/ 由页进程自己加，免得与标准库同名的示例弄坏 zygote
+            [sys.executable, "-P", "-m", "zhixing.zygote", str(self.workers)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=clean_environment(self.root),
@@ -222,35 +234,49 @@ def _collect(job: dict[str, Any], event: dict[str, Any]) -> dict[str, Any]:
         payload = json.loads((base.with_suffix(".json")).read_text("utf-8"))
     except ValueError:
         payload = None
-    output = (base.with_suffix(".out")).read_text("utf-8", "replace")[-20000:]
+    with open(base.with_suffix(".out"), "rb") as f:
+        f.seek(max(0, os.fstat(f.fileno()).st_size - 20000))
+        output = f.read().decode("utf-8", "replace")
     for kind in (".json", ".out", ".progress"):
         base.with_suffix(kind).unlink(missing_ok=True)
     if payload is not None and event["status"] == 0:
         return payload
-    k = max(event["block"], 0)
-    block = job["blocks"][k]
-    line = _last_line(output, block["file"]) or block["line"]
     status = event["status"]
     if event["late"]:
-        code, kind, message = "R304", "Timeout", f"超过 {block['timeout']:g} 秒，已强行结束"
-    else:
-        death = f"信号 {-status}" if status < 0 else f"退出码 {status}"
-        code, kind, message = "R305", "Died", f"进程意外结束（{death}）"
-    error = {"code": code, "type": kind, "message": message, "file": block["file"], "line": line, "detail": output}
+        timeout = job["blocks"][max(event["block"], 0)]["timeout"]
+        return _lost(job, event["block"], "R304", "Timeout", f"超过 {timeout:g} 秒，已强行结束", output)
+    death = f"信号 {-status}" if status < 0 else f"退出码 {status}"
+    return _lost(job, event["block"], "R305", "Died", f"进程意外结束（{death}）", output)
+
+
+def _lost(job: dict[str, Any], k: int, code: str, kind: str, message: str, output: str = "") -> dict[str, Any]:
+    """第 ``k`` 块时没了的一页：只有这一块的错误，别的块无从核对。"""
+    k = max(k, 0)
+    block = job["blocks"][k]
+    detail = _readable(output)
+    line = _last_line(detail, block["file"]) or block["line"]
+    error = {"code": code, "type": kind, "message": message, "file": block["file"], "line": line, "detail": detail}
     blocks = [{"out": "", "error": None, "seconds": 0.0, "figs": []} for _ in range(k)]
     blocks.append({"out": "", "error": error, "seconds": 0.0, "figs": []})
-    return {"blocks": blocks, "deps": [], "figures": {}, "metrics": {}, "isolation": "", "truncated": True}
+    return {"blocks": blocks, "deps": {}, "figures": {}, "metrics": {}, "isolation": "", "truncated": True}
+
+
+def _readable(output: str) -> str:
+    """faulthandler 的回溯：去掉引擎自己的栈帧，非 ASCII 路径从转义还原。"""
+    lines = []
+    for text in output.splitlines():
+        if re.match(r'  File "(.*/zhixing/\w+\.py|<frozen runpy>)", line \d+ in ', text):
+            continue
+        if text.startswith('  File "'):
+            text = re.sub(r"\\u([0-9a-f]{4})|\\U([0-9a-f]{8})", lambda m: chr(int(m[1] or m[2], 16)), text)
+        lines.append(text)
+    return "\n".join(lines)
 
 
 def _last_line(output: str, file: str) -> int | None:
-    """从 faulthandler 的回溯里找出本文件的行号（非 ASCII 路径会写成转义）。"""
-    escaped = file.encode("ascii", "backslashreplace").decode()
-    for text in output.splitlines():
-        for name in (file, escaped):
-            prefix = f'File "{name}", line '
-            if prefix in text:
-                return int(text.partition(prefix)[2].split()[0].rstrip(","))
-    return None
+    """从回溯里找出本文件最靠近出事点的行号。"""
+    found = re.search(rf'File "{re.escape(file)}", line (\d+)', output)
+    return int(found[1]) if found else None
 
 
 class Engine:
@@ -268,7 +294,9 @@ class Engine:
         self.root = root
         self.cache = Cache(root / ".cache" / "zhixing" / "results", root)
         self.use_cache, self.checkpoints = cache, checkpoints
-        self.workers = workers or len(os.sched_getaffinity(0))
+        self.workers = workers or (
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        )
         self.executor = executor or ZygoteExecutor(root, self.workers)
 
     def job(self, unit: Unit) -> dict[str, Any]:
@@ -278,7 +306,7 @@ class Engine:
             "root": str(self.root),
             "checkpoints": self.checkpoints,
             "blocks": blocks,
-            "needs": heavy_imports((b["source"] for b in blocks if b["lang"] in ("python", "pycon")), self.root),
+            "needs": heavy_imports(map(_python_of, blocks), self.root),
         }
 
     def unit_key(self, unit: Unit) -> str:
@@ -288,26 +316,32 @@ class Engine:
     def check(self, units: list[Unit], progress: Callable[[Outcome], None] = lambda _: None) -> list[Outcome]:
         """执行（或取缓存）并核对；返回顺序与输入一致。"""
         outcomes: dict[str, Outcome] = {}
-        waiting: dict[Future, tuple[Unit, str, str]] = {}
+        waiting: dict[Future, tuple[Unit, dict[str, Any], str, str]] = {}
         for unit in units:
             unit_key = self.unit_key(unit)
             payload, why = self.cache.load(unit.file, unit_key) if self.use_cache else (None, "没有使用缓存")
             if payload is None and unit.blocks:
-                waiting[self.executor.submit(execute_job, self.job(unit))] = (unit, unit_key, why)
+                job = self.job(unit)
+                waiting[self.executor.submit(execute_job, job)] = (unit, job, unit_key, why)
             else:
                 payload = payload or {"blocks": [], "figures": {}, "metrics": {}, "isolation": ""}
                 outcomes[unit.file] = self._finish(unit, payload, True, why, progress)
         from concurrent.futures import as_completed
 
         for future in as_completed(waiting):
-            unit, unit_key, why = waiting[future]
-            payload = future.result()
+            unit, job, unit_key, why = waiting[future]
+            try:
+                payload = future.result()
+            except Exception as error:  # 执行后端没了：OOM 杀掉了 zygote，或集群的 worker 一再丢失
+                payload = _lost(job, 0, "R305", type(error).__name__, str(error).split("\n")[0])
             outcome = self._finish(unit, payload, False, why, progress)
-            executed = len(payload["blocks"]) == len(unit.blocks) and not payload.get("truncated")
-            failed = any(p.code not in ("R302", "R307") for p in outcome.problems)
+            executed = len(payload["blocks"]) == len(unit.blocks)
+            # 期望输出与图由 verify 现判，不算执行失败；块自己报的错误除了声明过的都算
+            failed = any(p.code not in ("R302", "R307") for p in outcome.problems) or any(
+                result["error"] and not block.raises for block, result in zip(unit.blocks, payload["blocks"])
+            )
             if executed and not failed:
-                deps = payload.pop("deps")
-                self.cache.store(unit.file, unit_key, payload, deps)
+                self.cache.store(unit.file, unit_key, payload, payload.pop("deps"))
             outcomes[unit.file] = outcome
         return [outcomes[unit.file] for unit in units]
 
@@ -315,7 +349,8 @@ class Engine:
         self, unit: Unit, payload: dict[str, Any], cached: bool, why: str, progress: Callable[[Outcome], None]
     ) -> Outcome:
         outcome = Outcome(unit, payload, cached, why)
-        for block, result in zip(unit.blocks, payload["blocks"], strict=False):
+        pairs = list(zip(unit.blocks, payload["blocks"], strict=False))
+        for block, result in pairs[-1:] if payload.get("truncated") else pairs:
             outcome.problems += verify(block, result, figures_declared=unit.kind == "page")
         progress(outcome)
         return outcome

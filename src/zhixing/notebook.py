@@ -9,11 +9,11 @@ from pathlib import Path
 
 import yaml
 
-from zhixing.blocks import DEFAULT_MEMORY, Block, read_text
+from zhixing.blocks import DEFAULT_MEMORY, Block, read_text, scan_text
 from zhixing.errors import ContentError, Problem
 
-_HEADER = re.compile(r"\A# ---\n((?:#.*\n)*?)# ---\n")
-_CELL = re.compile(r"^# %%(?P<kind> \[markdown\])?[^\n]*$")
+_HEADER = re.compile(r"\A# ---\n((?:#.*\n)*?)# ---[ \t]*(?:\n|\Z)")
+_CELL = re.compile(r"^# %%(?!%)[^\[\n]*(?P<kind>\[markdown\])?[^\n]*$")
 _FIELDS = {"id", "title", "needs", "timeout", "memory_mib"}
 
 
@@ -37,21 +37,22 @@ class Example:
 
 
 def find(root: Path) -> list[Path]:
-    """全部示例文件：``examples/`` 顶层带 zhixing 头部的 ``.py``。"""
-    return [p for p in sorted((root / "examples").glob("*.py")) if p.read_bytes().startswith(b"# ---\n")]
+    """全部示例文件：``examples/`` 顶层有头部或单元格标记的 ``.py``。"""
+    marks = re.compile(rb"\A(?:\xef\xbb\xbf)?# ---|^# %%", re.M)
+    return [p for p in sorted((root / "examples").glob("*.py")) if marks.search(p.read_bytes())]
 
 
 def load(path: Path, root: Path) -> Example:
     """解析一个示例。
 
     Raises:
-        ContentError: 头部缺失、字段不合法。
+        ContentError: 头部缺失、字段不合法，或有不会执行的代码。
     """
     file = path.relative_to(root).as_posix()
     text = read_text(path, file)
 
-    def bad(reason: str, line: int = 1) -> ContentError:
-        return ContentError([Problem(file, line, "E602", reason)])
+    def bad(reason: str, line: int = 1, code: str = "E602") -> ContentError:
+        return ContentError([Problem(file, line, code, reason)])
 
     header = _HEADER.match(text)
     if not header:
@@ -59,30 +60,56 @@ def load(path: Path, root: Path) -> Example:
     try:
         meta = yaml.safe_load(re.sub(r"^# ?", "", header[1], flags=re.M))["zhixing"]
         example, title = meta["id"], meta["title"]
-    except (yaml.YAMLError, TypeError, KeyError) as error:
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise bad(f"头部不是合法的 YAML：{getattr(error, 'problem', error)}", mark.line + 2 if mark else 1) from None
+    except (TypeError, KeyError, ValueError) as error:
         raise bad(f"头部应含 zhixing: id 与 title（{error!r}）") from None
-    if unknown := set(meta) - _FIELDS:
-        raise bad(f"头部有未知字段 {'、'.join(sorted(unknown))}")
+
+    def line_of(name: object) -> int:
+        found = re.search(rf"^#\s+{re.escape(str(name))}\s*:", header[0], re.M)
+        return header[0].count("\n", 0, found.start()) + 1 if found else 1
+
+    for name in meta:
+        if name not in _FIELDS:
+            raise bad(f"头部有未知字段 {name!r}", line_of(name))
     if example != path.stem:
-        raise bad(f"id {example!r} 与文件名 {path.stem!r} 不一致")
-    result = Example(file, example, title, list(meta.get("needs") or []))
-    timeout = float(meta.get("timeout", 120))
-    memory = int(meta.get("memory_mib", DEFAULT_MEMORY >> 20)) << 20
-    result.cells = split_cells(text)
+        raise bad(f"id {example!r} 与文件名 {path.stem!r} 不一致", line_of("id"))
+    if not isinstance(title, str):
+        raise bad(f"title 应是文字，得到 {title!r}", line_of("title"))
+    needs = meta.get("needs") or []
+    if not isinstance(needs, list) or not all(isinstance(n, str) for n in needs):
+        raise bad(f"needs 应是示例 id 的列表，得到 {needs!r}", line_of("needs"))
+    timeout, memory = meta.get("timeout", 120), meta.get("memory_mib", DEFAULT_MEMORY >> 20)
+    for name, value, low, high in (("timeout", timeout, 0, 3600), ("memory_mib", memory, 16, 1 << 20)):
+        if type(value) not in (int, float) or not low < value <= high:
+            raise bad(f"{name} 应是 {low} 到 {high} 之间的数，得到 {value!r}", line_of(name))
+    result = Example(file, example, title, needs)
+    result.cells = split_cells(text, header[0].count("\n"))
     for cell in result.cells:
-        if cell.kind == "code" and cell.source.strip():
+        if cell.kind == "code":
             result.blocks.append(
-                Block(file, cell.line - 1, 0, "python", cell.source, timeout=timeout, memory=memory)
+                Block(file, cell.line - 1, 0, "python", cell.source, timeout=timeout, memory=int(memory) << 20)
             )
+            continue
+        for block in scan_text(cell.source, file, root).blocks:
+            if block.runs:
+                raise bad("示例的文字单元格里的代码不会执行，改成代码单元格", cell.line + block.line - 1, "B206")
+        for i, line in enumerate(text.split("\n")[cell.line - 1 :][: cell.source.count("\n") + 1]):
+            if line.strip() and not line.startswith("#"):
+                raise bad("文字单元格里有没注释掉的行", cell.line + i)
     return result
 
 
-def split_cells(text: str) -> list[Cell]:
-    """按 ``# %%`` 切开；``[markdown]`` 单元格去掉每行开头的 ``# ``。"""
+def split_cells(text: str, skip: int = 0) -> list[Cell]:
+    """从第 ``skip`` 行之后按 ``# %%`` 切开；``[markdown]`` 单元格去掉每行开头的 ``# ``。
+
+    第一个标记之前的代码自成一格。
+    """
     lines = text.split("\n")
-    marks = [i for i, line in enumerate(lines) if _CELL.match(line)]
+    marks = [i for i, line in enumerate(lines) if i >= skip and _CELL.match(line)]
     cells = []
-    for start, end in zip(marks, [*marks[1:], len(lines)], strict=True):
+    for start, end in zip([skip - 1, *marks], [*marks, len(lines)], strict=True):
         body = lines[start + 1 : end]
         while body and not body[-1].strip():
             body.pop()
@@ -90,7 +117,7 @@ def split_cells(text: str) -> list[Cell]:
         while body and not body[0].strip():
             body.pop(0)
             first += 1
-        markdown = bool(_CELL.match(lines[start])["kind"])
+        markdown = start >= skip and bool(_CELL.match(lines[start])["kind"])
         if markdown:
             body = [re.sub(r"^# ?", "", line) for line in body]
         if body:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
@@ -9,10 +10,38 @@ from pathlib import Path
 
 from zhixing import blocks, notebook, questions
 from zhixing.artifacts import Artifacts
+from zhixing.cache import file_hash
 from zhixing.errors import ContentError, Problem
 from zhixing.execute import Engine, Outcome, Unit
 
 MAX_SKIPPED = 20  # 全站跳过的代码块上限：跳过是例外，不是习惯
+
+
+@dataclass(frozen=True)
+class _Page:
+    """一页静态扫描的结果；只由 ``text`` 与 ``included`` 决定。"""
+
+    text: str
+    included: dict[str, str | None]  # 引入的文件 -> 内容的哈希
+    scan: blocks.Scan
+    meta: questions.Meta | None
+    problems: list[Problem]
+
+
+_PAGES: dict[Path, _Page] = {}  # 一次构建要载入两遍，serve 更是每次保存都载入：没变的页不重新扫描
+_INCLUDED = re.compile(r'-8<-+\s+"([^":]+)')
+
+
+def _read_page(path: Path, root: Path) -> _Page:
+    file = path.relative_to(root).as_posix()
+    text = blocks.read_text(path, file)
+    included = {name: file_hash(root / name) for name in _INCLUDED.findall(text)}
+    page = _PAGES.get(path)
+    if page is None or page.text != text or page.included != included or page.scan.file != file:
+        scan, problems = blocks.scan_text(text, file, root), []
+        meta = questions.load(file, text, problems) if questions.is_question_page(file) else None
+        page = _PAGES[path] = _Page(text, included, scan, meta, problems)
+    return page
 
 
 def find_root(start: Path | None = None) -> Path:
@@ -50,6 +79,7 @@ class Project:
         for path in notebook.find(root):
             project._guard(project._load_example, path)
         questions.check_unique(list(project.metas.values()), project.problems)
+        project._check_needs()
         project._check_skips()
         return project
 
@@ -60,11 +90,12 @@ class Project:
             self.problems += error.problems
 
     def _load_page(self, path: Path) -> None:
-        scan = blocks.scan(path, self.root)
-        self.scans[scan.file] = scan
-        self.problems += scan.problems
-        if questions.is_question_page(scan.file):
-            self.metas[scan.file] = questions.load(scan.file, scan.text, self.problems)
+        page = _read_page(path, self.root)
+        file = page.scan.file
+        self.scans[file] = page.scan
+        self.problems += page.scan.problems + page.problems
+        if page.meta:
+            self.metas[file] = page.meta
 
     def _load_example(self, path: Path) -> None:
         example = notebook.load(path, self.root)
@@ -77,27 +108,27 @@ class Project:
                 Problem(block.file, block.line, "B210", f"全站已跳过 {len(skipped)} 块，上限 {MAX_SKIPPED}")
             )
 
+    def _check_needs(self) -> None:
+        for example in self.examples.values():
+            if missing := set(example.needs) - self.examples.keys():
+                reason = f"needs 里的示例不存在：{'、'.join(sorted(missing))}"
+                self.problems.append(Problem(example.file, 1, "E602", reason))
+        try:
+            list(TopologicalSorter({e.id: set(e.needs) for e in self.examples.values()}).static_order())
+        except CycleError as error:
+            cycle = " → ".join(error.args[1])
+            self.problems.append(Problem(self.examples[error.args[1][0]].file, 1, "E602", f"needs 成环：{cycle}"))
+
+    def units(self) -> list[Unit]:
+        """要执行的单元：全部示例与页面。"""
+        units = [Unit(e.file, e.blocks, "example") for e in self.examples.values()]
+        return units + [Unit(s.file, [b for b in s.blocks if b.runs]) for s in self.scans.values()]
+
     def execute(self, engine: Engine, progress: Callable[[Outcome], None] = lambda _: None) -> None:
         """执行全部示例与页面；结果进 ``outcomes`` 与 ``artifacts``，问题进 ``problems``。"""
-        units = [Unit(e.file, e.blocks, "example") for e in self._ordered_examples()]
-        units += [Unit(s.file, [b for b in s.blocks if b.runs]) for s in self.scans.values()]
-        for outcome in engine.check(units, progress):
+        for outcome in engine.check(self.units(), progress):
             self.outcomes[outcome.unit.file] = outcome
             self.problems += outcome.problems
         for example in self.examples.values():
             payload = self.outcomes[example.file].payload
             self.artifacts.add_example(example.id, payload["figures"], payload["metrics"])
-
-    def _ordered_examples(self) -> list[notebook.Example]:
-        graph = {e.id: set(e.needs) for e in self.examples.values()}
-        for example in self.examples.values():
-            if missing := set(example.needs) - graph.keys():
-                reason = f"needs 里的示例不存在：{'、'.join(sorted(missing))}"
-                self.problems.append(Problem(example.file, 1, "E602", reason))
-        try:
-            order = list(TopologicalSorter(graph).static_order())
-        except CycleError as error:
-            cycle = " → ".join(error.args[1])
-            self.problems.append(Problem(self.examples[error.args[1][0]].file, 1, "E602", f"needs 成环：{cycle}"))
-            order = list(self.examples)
-        return [self.examples[i] for i in order if i in self.examples]

@@ -82,20 +82,24 @@ def load(file: str, text: str, problems: list[Problem]) -> Meta:
     try:
         node = yaml.compose(match[1])
         data = yaml.safe_load(match[1])
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # ValueError：像 2024-13-01 这样不存在的日期
         mark = getattr(error, "problem_mark", None)
-        bad("F105", str(getattr(error, "problem", error)), (mark.line + 2) if mark else 1)
+        bad("F105", str(getattr(error, "problem", None) or error).split("\n")[0], (mark.line + 2) if mark else 1)
         return meta
     if not isinstance(data, dict):
         bad("F105", "front matter 应是键值对", 1)
         return meta
 
-    lines = {key.value: key.start_mark.line + 2 for key, _ in node.value}
-    nodes = {key.value: value for key, value in node.value}
+    lines: dict[str, int] = {}
+    for key, _ in node.value:
+        if key.value in lines:
+            bad("F105", f"重复的字段 {key.value!r}", key.start_mark.line + 2)
+        lines.setdefault(str(key.value), key.start_mark.line + 2)
+    nodes = {str(key.value): value for key, value in node.value}
     for name in _REQUIRED:
         if not data.get(name):
             bad("F101", f"缺少 {name}", lines.get(name, 1))
-    for name in data.keys() - {*_REQUIRED, *_OPTIONAL}:
+    for name in lines.keys() - {*_REQUIRED, *_OPTIONAL}:
         bad("F106", f"未知字段 {name!r}", lines[name])
 
     def text_of(name: str, allowed: Any = None) -> str:

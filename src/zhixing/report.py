@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 import xml.etree.ElementTree as ET
 from collections import Counter
@@ -76,18 +77,22 @@ def to_junit(project: Project) -> str:
     """每个文件一个 testsuite，每块一个 testcase。"""
     suites = ET.Element("testsuites")
     by_file: dict[str, list[Problem]] = {}
-    for problem in set(project.problems):
+    for problem in sorted(set(project.problems)):
         by_file.setdefault(problem.file, []).append(problem)
     for file, outcome in sorted(project.outcomes.items()):
-        suite = ET.SubElement(suites, "testsuite", name=file, tests=str(len(outcome.unit.blocks)))
+        suite = ET.SubElement(suites, "testsuite", name=file)
         for block, result in zip(outcome.unit.blocks, outcome.payload["blocks"], strict=False):
             ET.SubElement(suite, "testcase", classname=file, name=f"第 {block.line} 行", time=str(result["seconds"]))
         for problem in by_file.pop(file, []):
             case = ET.SubElement(suite, "testcase", classname=file, name=f"{problem.code} 第 {problem.line} 行")
             ET.SubElement(case, "failure", message=problem.reason).text = str(problem)
     for file, problems in sorted(by_file.items()):
-        suite = ET.SubElement(suites, "testsuite", name=file, tests=str(len(problems)))
+        suite = ET.SubElement(suites, "testsuite", name=file)
         for problem in problems:
             case = ET.SubElement(suite, "testcase", classname=file, name=f"{problem.code} 第 {problem.line} 行")
             ET.SubElement(case, "failure", message=problem.reason).text = str(problem)
-    return ET.tostring(suites, "unicode", xml_declaration=True)
+    for suite in suites:
+        suite.set("tests", str(len(suite)))
+        suite.set("failures", str(len(suite.findall("*/failure"))))
+    # XML 1.0 放不下的控制字符
+    return re.sub(r"[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]", "\ufffd", ET.tostring(suites, "unicode", xml_declaration=True))

@@ -7,26 +7,34 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import ctypes
 import doctest
 import faulthandler
 import io
 import json
 import linecache
+import mmap
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 import types
 from typing import Any
 
 from zhixing import checkpoint, sandbox
+from zhixing.cache import stamp
 
 MAX_OUTPUT = 256 << 10
+MAX_MESSAGE = 10_000
+# 起子进程的审计事件：子进程读了哪些文件看不见
+_SPAWNS = frozenset({"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.fork", "os.forkpty"})
 _HERE = os.path.dirname(os.path.abspath(__file__))
 
 
@@ -54,12 +62,10 @@ def run(job: dict[str, Any], progress: int, output: int, result: int) -> None:
     os.setsid()
     sys.stdin = open(os.devnull)
     os.dup2(sys.stdin.fileno(), 0)
-    for name, fd in (("stdout", 1), ("stderr", 2)):
-        setattr(sys, name, io.TextIOWrapper(os.fdopen(fd, "wb", 0, closefd=False), "utf-8", write_through=True))
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    faulthandler.enable(file=sys.stderr)
     page = _Page()
     page.attach(job, progress, output, result)
+    faulthandler.enable(file=sys.stderr)
     isolation = sandbox.enter(job["root"])
     page.begin()
     if "mutants" in job:
@@ -74,7 +80,7 @@ def run(job: dict[str, Any], progress: int, output: int, result: int) -> None:
             "isolation": isolation,
             "resumed": page.resumed,
         }
-    with os.fdopen(page.result, "w", encoding="utf-8") as f:
+    with os.fdopen(page.result, "w", encoding="utf-8", errors="replace") as f:
         json.dump(payload, f, ensure_ascii=False)
     # 不走解释器的正常退出：torch 的收尾要 0.3–0.7 秒，而结果已经写好
     os._exit(0)
@@ -86,7 +92,9 @@ class _Page:
 
         self.recorded = recorded
         self.results: list[dict[str, Any]] = []
-        self.opened: set[str] = set()
+        self.opened: dict[str, str] = {}  # 打开过的项目文件 -> 打开时的样子
+        self.spawned = False
+        self.escaped: BaseException | None = None  # 线程里没人接的异常
         self.before = set(sys.modules)
         self.resumed = 0
 
@@ -95,13 +103,22 @@ class _Page:
         self.job, self.progress, self.output, self.result = job, progress, output, result
         self.root = os.path.join(job["root"], "")
         self.read_from = 0
+        self.pid = os.getpid()
         _die_with_parent()
-        os.dup2(output, 1)
-        os.dup2(output, 2)
+        _adopt_orphans()
+        self._redirect()
         os.chdir(job["cwd"])
         os.environ.update(HOME=job["cwd"], TMPDIR=job["cwd"], PWD=job["cwd"])
 
+    def _redirect(self) -> None:
+        """接管标准输出与标准错误；每块之前再接一次，前一块关掉或换掉它们也不要紧。"""
+        for name, fd in (("stdout", 1), ("stderr", 2)):
+            os.dup2(self.output, fd)
+            setattr(sys, name, io.TextIOWrapper(os.fdopen(fd, "wb", 0, closefd=False), "utf-8", write_through=True))
+
     def begin(self) -> None:
+        sys.path.insert(0, os.path.join(self.root, "examples"))
+        os.environ["PYTHONPATH"] = sys.path[0]
         module = types.ModuleType("__main__")
         module.__file__ = self.job["file"]
         sys.modules["__main__"] = module
@@ -110,12 +127,19 @@ class _Page:
         self._line_cache()
         sys.addaudithook(self._on_audit)
         signal.signal(signal.SIGALRM, self._on_alarm)
+        threading.excepthook = self._on_thread_exception
 
     def _on_audit(self, event: str, args: tuple) -> None:
-        if event == "open" and isinstance(args[0], str) and not (args[2] or 0) & (os.O_WRONLY | os.O_RDWR):
-            path = os.path.abspath(args[0])
+        if event == "open" and isinstance(args[0], str | bytes) and not (args[2] or 0) & os.O_WRONLY:
+            path = os.path.abspath(os.fsdecode(args[0]))
             if path.startswith(self.root):
-                self.opened.add(path)
+                self.opened.setdefault(path, stamp(path))
+        elif event in _SPAWNS:
+            self.spawned = True
+
+    def _on_thread_exception(self, args: threading.ExceptHookArgs) -> None:
+        if not issubclass(args.exc_type, SystemExit):
+            self.escaped = self.escaped or args.exc_value or args.exc_type()
 
     def _line_cache(self) -> None:
         """放一张“遮罩页”：只有代码、去了缩进、在它真正的行上——回溯的行号、插入符与 inspect 都对。"""
@@ -154,15 +178,22 @@ class _Page:
         deadline = time.monotonic() + block["timeout"]
         os.write(self.progress, f"{k} {deadline}\n".encode())
         self.current = block
+        self._redirect()
         error = None
         start = time.perf_counter()
         try:
+            self.spare = mmap.mmap(-1, 8 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
             sandbox.limit_memory(block["memory"])
             signal.setitimer(signal.ITIMER_REAL, block["timeout"])
             # C 里的死循环收不到 SIGALRM：由看门狗线程打印位置后结束进程
             faulthandler.dump_traceback_later(block["timeout"] + 1, exit=True, file=sys.stderr)
             handlers[block["lang"]](block)
+            self._end_of_fork(None)
         except BaseException as exception:
+            self.spare = None  # 可能正是内存用尽的时候，先腾出一点来记录错误
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            sandbox.limit_memory(resource.RLIM_INFINITY)
+            self._end_of_fork(exception)
             if not (isinstance(exception, SystemExit) and exception.code in (None, 0)):
                 error = self._describe(exception, block)
         finally:
@@ -170,16 +201,33 @@ class _Page:
             faulthandler.cancel_dump_traceback_later()
         seconds = time.perf_counter() - start
         text, overflow = self._take_output()
+        escaped, self.escaped = self.escaped, None
+        if escaped and not error:
+            error = self._describe(escaped, block)
+        if seconds >= block["timeout"] and not (error and error["code"] == "R304"):  # 超时的异常被代码自己吞了
+            error = self._error("R304", "Timeout", f"超过 {block['timeout']:g} 秒", *self._start(block))
+        if error and error["type"].startswith("exit "):
+            error["detail"] = text[-MAX_MESSAGE:]  # bash 的错误信息在输出里
+        if overflow and (not error or error["detail"] == text[-MAX_MESSAGE:]):
+            error = self._error("R308", "OutputTooLarge", f"输出超过 {MAX_OUTPUT >> 10} KiB", *self._start(block))
         entry = {"out": text, "error": error, "seconds": round(seconds, 4), "figs": []}
-        if overflow and not error:
-            message = f"输出超过 {MAX_OUTPUT >> 10} KiB"
-            entry["error"] = self._error("R308", "OutputTooLarge", message, *self._start(block))
-        if not entry["error"]:
-            try:
-                entry["figs"] = self._take_figures()
-            except Exception as exception:
-                entry["error"] = self._describe(exception, block)
+        try:
+            figures = self._take_figures(keep=not error)
+            entry["figs"] = figures
+        except Exception as exception:
+            entry["error"] = self._describe(exception, block)
         return entry
+
+    def _end_of_fork(self, exception: BaseException | None) -> None:
+        """代码块里 ``os.fork`` 出来的子进程跑到块尾就退出，不接着跑本页剩下的块。"""
+        if os.getpid() == self.pid:
+            return
+        code = 0 if exception is None else 1
+        if isinstance(exception, SystemExit):
+            code = exception.code if isinstance(exception.code, int) else int(exception.code is not None)
+        elif exception is not None:
+            traceback.print_exception(exception)
+        os._exit(code)
 
     # ---- 变异检查 ----
 
@@ -270,8 +318,7 @@ class _Page:
             tempfile.mktemp(), os.O_RDWR | os.O_CREAT
         )
         self.read_from = 0
-        os.dup2(self.output, 1)
-        os.dup2(self.output, 2)
+        self.pid = os.getpid()
 
     def _goes_red(self, mutant: dict[str, Any]) -> bool:
         from zhixing.blocks import Block, Expected
@@ -316,12 +363,16 @@ class _Page:
 
     def _bash(self, block: dict[str, Any]) -> None:
         file, line = self._start(block)
-        # 前缀占一行，行号加回来；ERR 陷阱报告出错的那一行
-        script = "set -Eeuo pipefail; trap 'printf \"%s\" \"$LINENO\" >&@ERR@' ERR\n" + block["source"] + "\n"
+        # 前缀占一行，行号减回去；ERR 陷阱报告出错的行，由里到外（函数、子 shell）每层一个
+        script = "set -Eeuo pipefail; trap 'echo \"$LINENO\" >&@ERR@' ERR\n" + block["source"] + "\n"
         code, where = self._shell(script)
         if code:
-            at = int(where) - 1 if where.isdigit() else 1
-            raise Failure("exit " + str(code), f"退出码 {code}", file, line + max(at, 1) - 1)
+            # 未定义变量与语法错不触发 ERR，但 bash 会说是第几行
+            data = os.pread(self.output, MAX_OUTPUT, max(self.read_from, os.fstat(self.output).st_size - MAX_OUTPUT))
+            said = re.search(rb"^/dev/fd/\d+: line (\d+): .*\n?\Z", data, re.M)
+            at = int(where.split()[0] if where else said[1] if said else 2) - 1
+            at = min(max(at, 1), block["source"].count("\n") + 1)
+            raise Failure(f"exit {code}", f"退出码 {code}", file, line + at - 1)
 
     def _console(self, block: dict[str, Any]) -> None:
         file, line = self._start(block)
@@ -331,7 +382,9 @@ class _Page:
         marker = "\x1e"
         script = "".join(f"{c}\nprintf '%s%d\\n' $'\\x1e' $?\n" for _, c, _ in commands)
         code, _ = self._shell("set -uo pipefail\n" + script)
-        text, _ = self._take_output()
+        text, overflow = self._take_output()
+        if overflow:
+            raise Failure("OutputTooLarge", f"输出超过 {MAX_OUTPUT >> 10} KiB", file, line)
         parts = text.split(marker)
         for i, (at, command, expected) in enumerate(commands):
             if i + 1 >= len(parts):
@@ -346,6 +399,7 @@ class _Page:
     def _shell(self, script: str) -> tuple[int, str]:
         """执行脚本，返回 ``(退出码, ERR 陷阱写到 @ERR@ 的行号)``。"""
         read, write = os.pipe()
+        os.set_blocking(read, False)  # 后台进程可能还开着另一端
         # 匿名文件：代码块里的 find、ls 看不到脚本自己
         with tempfile.TemporaryFile() as source:
             source.write(script.replace("@ERR@", str(write)).encode())
@@ -358,7 +412,9 @@ class _Page:
         os.close(write)
         try:
             process.wait()
-            where = os.read(read, 64).decode() if process.returncode else ""
+            where = ""
+            with contextlib.suppress(BlockingIOError):
+                where = os.read(read, 64).decode()
         except BlockTimeout:
             process.kill()
             raise
@@ -403,7 +459,7 @@ class _Page:
 
     def _describe(self, exception: BaseException, block: dict[str, Any]) -> dict[str, Any]:
         if isinstance(exception, Failure):
-            code = {"Mismatch": "R302"}.get(exception.kind, "R301")
+            code = {"Mismatch": "R302", "OutputTooLarge": "R308"}.get(exception.kind, "R301")
             head, _, rest = str(exception).partition("\n")
             return self._error(code, exception.kind, head, exception.file, exception.line, rest)
         trace = traceback.TracebackException.from_exception(exception)
@@ -420,7 +476,11 @@ class _Page:
             line = next((f.lineno for f in reversed(trace.stack) if f.filename in own), line)
             file = next((f.filename for f in reversed(trace.stack) if f.filename in own), file)
         detail = "".join(trace.format()).replace(self.root, "")
-        text = str(exception)
+        detail = re.sub(r"(.{2000}).+", r"\1……", detail)[-MAX_MESSAGE:]
+        try:
+            text = str(exception)[:MAX_MESSAGE]
+        except BaseException:
+            text = "（它的 __str__ 抛出异常）"
         code = "R301"
         if isinstance(exception, BlockTimeout):
             code = "R304"
@@ -431,44 +491,57 @@ class _Page:
         name = type(exception).__qualname__
         module = type(exception).__module__
         full = name if module in ("builtins", "__main__", __name__) else f"{module}.{name}"
-        return self._error(code, full, text.split("\n")[0], file, line, detail) | {
+        return self._error(code, full, text.split("\n")[0][:500], file, line, detail) | {
             "mro": [c.__name__ for c in type(exception).__mro__],
             "text": text,
         }
 
     def _take_output(self) -> tuple[str, bool]:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):  # 代码块可能把它换成了 None，或者关了
+                stream.flush()
         ctypes.CDLL(None).fflush(None)
         end = os.fstat(self.output).st_size
         size = min(end - self.read_from, MAX_OUTPUT)
         data = os.pread(self.output, size, self.read_from)
         overflow = end - self.read_from > MAX_OUTPUT
         self.read_from = end
-        return re.sub(r"\x1b\[[0-9;]*m", "", data.decode("utf-8", "replace")), overflow
+        text = data.decode("utf-8", "replace").replace("\r\n", "\n")
+        # 去掉颜色；回车覆盖的进度条只留最后一次
+        return re.sub(r"\x1b\[[0-9;]*m|^.*\r", "", text, flags=re.M), overflow
 
-    def _take_figures(self) -> list[str]:
+    def _take_figures(self, keep: bool) -> list[str]:
         if "matplotlib.pyplot" not in sys.modules:
             return []
         from zhixing.figures import to_svg
 
         plt = sys.modules["matplotlib.pyplot"]
-        figures = [to_svg(plt.figure(number)) for number in plt.get_fignums()]
-        plt.close("all")
-        return figures
+        try:
+            return [to_svg(plt.figure(number)) for number in plt.get_fignums()] if keep else []
+        finally:
+            plt.close("all")
 
-    def dependencies(self) -> list[str]:
-        """读过的项目文件：被 import 的本地模块与打开过的文件，相对项目根目录。"""
-        found = set(self.opened)
+    def dependencies(self) -> dict[str, str]:
+        """读过的项目文件（相对项目根目录）与读的时候的样子：被 import 的本地模块与打开过的文件。
+
+        起过子进程的页，子进程读了什么看不见，``examples/`` 下的文件都算。
+        """
+        found = dict(self.opened)
         for name in set(sys.modules) - self.before:
             file = getattr(sys.modules[name], "__file__", None)
-            if file and os.path.abspath(file).startswith(self.root):
-                found.add(os.path.abspath(file))
-        relative = (os.path.relpath(path, self.root) for path in found)
-        own = {self.job["file"]}
-        return sorted(
-            p for p in relative if p not in own and not p.startswith((".", "node_modules/")) and not p.endswith(".pyc")
-        )
+            if isinstance(file, str):
+                found.setdefault(os.path.abspath(file), stamp(file))
+        if self.spawned:
+            for directory, _, names in os.walk(os.path.join(self.root, "examples")):
+                for name in names:
+                    path = os.path.join(directory, name)
+                    found.setdefault(path, stamp(path))
+        relative = {os.path.relpath(path, self.root): seen for path, seen in found.items() if path.startswith(self.root)}
+        return {
+            path: relative[path]
+            for path in sorted(relative)
+            if path != self.job["file"] and not path.startswith((".", "node_modules/")) and not path.endswith(".pyc")
+        }
 
 
 def _chain(trace: traceback.TracebackException):
@@ -487,6 +560,12 @@ def _die_with_parent() -> None:
     """父进程一死就跟着死（Linux）：构建被 SIGKILL 时不留下还在跑的页。"""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL, 0, 0, 0)
+
+
+def _adopt_orphans() -> None:
+    """页里留下的孤儿过继给页进程（Linux）：页还在跑时不会被当成别页的残留杀掉。"""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
 
 def _patience(block: dict[str, Any]) -> float:
@@ -539,26 +618,34 @@ _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
 
 
 def outputs_match(expected: str, got: str, tol: float | None = None) -> bool:
-    """逐行比较（忽略行尾空白与首尾空行）。
+    """逐行比较（忽略行尾空白与首尾空行；制表符按 Markdown 的规矩展开成四格）。
 
     ``...`` 匹配任意内容；给了 ``tol`` 时，两边的数字相差在 ``tol`` 之内（绝对或相对）即算相同。
     """
     want, have = (
-        "\n".join(line.rstrip() for line in text.strip("\n").split("\n")).strip("\n") for text in (expected, got)
+        "\n".join(line.expandtabs(4).rstrip() for line in text.strip("\n").split("\n")).strip("\n")
+        for text in (expected, got)
     )
     if want == have:
         return True
-    if tol is None:
-        return "..." in want and _ellipsis(want).fullmatch(have) is not None
-    numbers = [float(n) for n in _NUMBER.findall(want)]
-    pattern = _ellipsis(_NUMBER.sub("\x00", want)).pattern.replace("\x00", f"({_NUMBER.pattern})")
-    match = re.fullmatch(pattern, have, re.S)
-    if not match:
-        return False
-    return all(
-        abs(a - float(b)) <= tol * max(1.0, abs(a)) for a, b in zip(numbers, match.groups(), strict=True)
-    )
+    at: int | None = 0
+    pieces = want.split("...")
+    for i, piece in enumerate(pieces):  # 从左到右逐段找最靠前的：再多的 ... 也不会回溯爆炸
+        at = _find(piece, have, at, tol, first=i == 0, last=i == len(pieces) - 1)
+        if at is None:
+            return False
+    return True
 
 
-def _ellipsis(text: str) -> re.Pattern[str]:
-    return re.compile(".*?".join(re.escape(part) for part in text.split("...")), re.S)
+def _find(piece: str, text: str, at: int, tol: float | None, *, first: bool, last: bool) -> int | None:
+    """``piece`` 在 ``text`` 的 ``at`` 之后最靠前的一处的结尾；第一段贴着开头，最后一段贴着结尾。"""
+    literals = [piece] if tol is None else _NUMBER.split(piece)
+    numbers = [] if tol is None else list(map(float, _NUMBER.findall(piece)))
+    pattern = re.compile(f"({_NUMBER.pattern})".join(map(re.escape, literals)) + (r"\Z" if last else ""))
+    while match := (pattern.match if first else pattern.search)(text, at):
+        if all(abs(a - float(b)) <= tol * max(1.0, abs(a)) for a, b in zip(numbers, match.groups(), strict=True)):
+            return match.end()
+        if first:
+            break
+        at = match.start() + 1
+    return None

@@ -49,20 +49,23 @@ def _read_only(root: str) -> None:
     path = os.fsencode(root)
     _call("mount", None, b"/", None, _MS_REC | _MS_PRIVATE, None)
     _call("mount", path, path, None, _MS_BIND | _MS_REC, None)
-    _call("mount", None, path, None, _MS_BIND | _MS_REMOUNT | _MS_RDONLY | _MS_REC, None)
+    locked = os.statvfs(root).f_flag & (2 | 4 | 8 | 1024 | 2048)  # nosuid、nodev 等不许去掉
+    _call("mount", None, path, None, _MS_BIND | _MS_REMOUNT | _MS_RDONLY | _MS_REC | locked, None)
 
 
 def _audit(root: str) -> None:
     root = os.path.join(root, "")
+    changes = {f"os.{name}" for name in ("remove", "rename", "rmdir", "mkdir", "link", "symlink", "truncate", "chmod")}
 
     def hook(event: str, args: tuple) -> None:
         if event == "socket.connect" and args[0].family != socket.AF_UNIX:
             host = args[1][0] if isinstance(args[1], tuple) else ""
             if not (host == "::1" or host.startswith("127.") or host == "localhost"):
                 raise PermissionError("代码块里没有网络")
-        elif event == "open" and isinstance(args[0], str) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
-            if os.path.abspath(args[0]).startswith(root):
-                raise PermissionError(f"代码块不能写项目目录：{args[0]}")
+        elif event in changes or event == "open" and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+            for path in args[:2]:
+                if isinstance(path, str | bytes) and os.path.abspath(os.fsdecode(path)).startswith(root):
+                    raise PermissionError(f"代码块不能写项目目录：{os.fsdecode(path)}")
 
     sys.addaudithook(hook)
 

@@ -25,14 +25,14 @@ def verify(block: Block, outcome: dict[str, Any], *, figures_declared: bool = Tr
         figures_declared: 页面要求画图必须写 ``fig``；示例的单元格不要求。
     """
     error = outcome["error"]
-    file, line = block.code_start
-    if error and error["code"] == "R301" and block.raises:
+    if error and error["code"] in ("R301", "R306") and block.raises:
         reason = _raises_mismatch(block.raises, error)
-        return [Problem(block.file, block.line, "R303", reason, error["detail"])] if reason else []
-    if error:
+        if reason:
+            return [Problem(block.file, block.line, "R303", reason, _clip(error["detail"]))]
+    elif error:
         head = f"{error['type']}: {error['message']}" if error["message"] else error["type"]
         return [Problem(error["file"], error["line"], error["code"], head, _clip(error["detail"]))]
-    if block.raises:
+    elif block.raises:
         return [Problem(block.file, block.line, "R303", f"声明会抛出 {block.raises}，实际没有异常")]
 
     problems = []

@@ -30,7 +30,10 @@ GRACE = 4.0  # 子进程自己的看门狗没能停下它时，再等这么久�
 
 def preload(module: str) -> None:
     """import 一个重模块，并付清它第一次使用时的一次性开销。"""
-    importlib.import_module(module)
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        return  # 没有装：用到它的那一块会报，别的页照跑
     if module == "numpy":
         importlib.import_module("numpy.random")  # 惰性的；每页开头都要给它定种子
     if module == "matplotlib":
@@ -154,6 +157,7 @@ class Zygote:
             self.running[pid] = None
             return
         try:
+            _become_subreaper()
             double = Zygote(self.events, self.slots - 1)
             double.loaded = self.loaded
             double.pending = [job | {"checkpoints": False} for job in jobs]  # 分身一走，检查点就没人认领了
@@ -194,12 +198,22 @@ def _reap_orphans(keep: set[int]) -> None:
     """杀掉过继到我们名下的孙进程（它们用 setsid 逃出了进程组）。"""
     if sys.platform != "linux":
         return
-    for pid in _children() - keep:
-        try:
-            os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-        except OSError:
-            continue
+    for _ in range(100):  # 杀掉一个，它的子进程又会过继过来
+        strays = _children() - keep
+        if not strays:
+            return
+        for pid in strays:
+            try:
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            except OSError:
+                continue
+
+
+def _become_subreaper() -> None:
+    """死掉的页留下的孤儿过继给我们；这个身份 fork 时不继承，分身要自己再要一次。"""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
 
 
 def _children() -> set[int]:
@@ -235,8 +249,7 @@ def main() -> None:
     os.dup2(2, 1)
     os.set_inheritable(events, False)
     os.set_blocking(0, False)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER：孤儿过继给我们
+    _become_subreaper()
     zygote = Zygote(events, int(sys.argv[1]))
     wake = _wake_on_child_exit()
     selector = selectors.DefaultSelector()

@@ -1,0 +1,460 @@
+"""真实站点在真实浏览器里的样子：建一次、起一个本机服务、每种读者各看一遍每一页。
+
+读者分五种：亮/暗 × 桌面/手机，以及关掉 JavaScript。每种读者把所有页面各打开一次，
+记下事实（:data:`INSPECT`），各条测试再分别断言，失败时一次列出所有出问题的页面。
+"""
+
+import functools
+import http.server
+import re
+import shutil
+import subprocess
+import sys
+import threading
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+import pytest
+
+pytestmark = pytest.mark.browser
+
+REPO = Path(__file__).resolve().parents[1]
+CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+MODES = {  # 名字 -> 浏览器上下文的选项
+    "light": {"color_scheme": "light", "viewport": {"width": 1280, "height": 900}},
+    "dark": {"color_scheme": "dark", "viewport": {"width": 1280, "height": 900}},
+    "phone": {"color_scheme": "light", "viewport": {"width": 390, "height": 844}, "has_touch": True},
+    "phone-dark": {"color_scheme": "dark", "viewport": {"width": 390, "height": 844}, "has_touch": True},
+    "no-js": {"color_scheme": "light", "viewport": {"width": 390, "height": 844}, "java_script_enabled": False},
+}
+NOTEBOOK_KIB = 60  # 目标；见 test_notebook_page_is_small
+
+# 在页面里执行，返回这一页的事实
+INSPECT = r"""
+async () => {
+  const all = (selector, root = document) => [...root.querySelectorAll(selector)];
+  const visible = (e) => e.checkVisibility() && e.getBoundingClientRect().width > 0;
+  const article = document.querySelector("article");
+
+  // 折叠的内容也要看；收尾时不必还原，每页只看一次
+  all("details").forEach((d) => { d.open = true; });
+  for (const image of all("img")) image.loading = "eager";
+  await document.fonts.ready;
+  for (let i = 0; i < 100 && all("img").some((m) => visible(m) && !m.complete); i++)
+    await new Promise((done) => setTimeout(done, 50));
+
+  const prose = article.cloneNode(true);
+  all("pre, code, math-tex, svg, script, style", prose).forEach((e) => e.remove());
+
+  const textRect = (e) => { const r = document.createRange(); r.selectNodeContents(e); return r.getBoundingClientRect(); };
+  const clipped = [];
+  for (const node of all(".zx-diagram svg .node")) {
+    const shape = node.querySelector("rect, polygon, circle, ellipse, path");
+    const label = node.querySelector("foreignObject, text");
+    if (!shape || !label || !label.textContent.trim()) continue;
+    const [outer, inner] = [shape.getBoundingClientRect(), textRect(label)];
+    if (inner.left < outer.left - 2 || inner.right > outer.right + 2) clipped.push(label.textContent.trim());
+  }
+  for (const label of all(".zx-diagram foreignObject"))
+    if (getComputedStyle(label).overflow !== "visible") clipped.push("被裁：" + label.textContent.trim());
+
+  const overlapping = [];
+  for (const tag of all(".katex-html > .katex-tag")) {
+    const formula = Math.max(...all(":scope > .katex-base", tag.parentElement).map((e) => e.getBoundingClientRect().right));
+    if (formula > tag.getBoundingClientRect().left + 1) overlapping.push(tag.textContent);
+  }
+
+  return {
+    scheme: document.body.dataset.mdColorScheme,
+    overflow: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+    residue: prose.textContent.match(/\$[^$\n]+\$|\{\{\s*m\.[^}]*\}\}|!\[[^\]]*\]\(|ZXMATH/g) ?? [],
+    formulas: all("math-tex").length,
+    unrendered: all("math-tex").filter((e) => !e.querySelector(".katex-html")).map((e) => e.textContent)
+      .concat(all(".katex-error, .zx-error, .arithmatex").map((e) => e.textContent)),
+    overlapping,
+    rawMermaid: all("pre.mermaid, .mermaid, .language-mermaid").length,
+    diagrams: all(".zx-diagram").map((figure) => {
+      const svg = figure.querySelector(":scope > svg");
+      const box = svg?.getBoundingClientRect();
+      return { label: figure.getAttribute("aria-label"), width: box?.width ?? 0, height: box?.height ?? 0,
+               scale: svg ? box.width / svg.viewBox.baseVal.width : 0 };
+    }),
+    clipped,
+    figures: all(".zx-figure").filter((f) => f.checkVisibility()).map((figure) =>
+      all("img", figure).filter(visible).map((m) => ({ src: m.getAttribute("src"), loaded: m.complete && m.naturalWidth > 0,
+                                                       alt: m.alt, width: m.getBoundingClientRect().width }))),
+    images: all("article img").filter(visible).filter((m) => !(m.complete && m.naturalWidth > 0)).map((m) => m.src),
+    blocks: all(".highlight pre > code").filter(visible).length,
+    copyless: all(".highlight pre > code").filter(visible)
+      .filter((c) => !c.parentElement.querySelector("button[data-md-type=copy]")).map((c) => c.textContent.slice(0, 60)),
+    closed: all("details").filter((d) => !d.open || [...d.children].some((c) => !c.checkVisibility())).length,
+  };
+}
+"""
+
+
+class Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args) -> None:
+        pass
+
+
+@dataclass
+class Web:
+    """建好的站点与提供它的本机服务。"""
+
+    directory: Path
+    url: str
+    pages: list[str] = field(default_factory=list)  # 相对 url，如 "control/lora/"
+
+    def html(self, page: str) -> str:
+        return (self.directory / page / "index.html").read_text("utf-8")
+
+
+@pytest.fixture(scope="module")
+def web(tmp_path_factory):
+    top = tmp_path_factory.mktemp("web")
+    site = top / "zhixing"  # 与线上一样放在子路径下，绝对路径写错会现形
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "-d", str(site)],
+        cwd=REPO,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    if done.returncode:
+        pytest.fail("站点没有建成：\n" + done.stdout.decode()[-4000:], pytrace=False)
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=top))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    pages = sorted(p.parent.relative_to(site).as_posix() + "/" for p in site.rglob("index.html"))
+    yield Web(site, f"http://127.0.0.1:{server.server_port}/zhixing/", ["" if p == "./" else p for p in pages])
+    server.shutdown()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    from playwright.sync_api import sync_playwright
+
+    executable = next(filter(None, map(shutil.which, CHROMIUM)), None)
+    if executable is None:
+        pytest.fail("没有 Chromium：先运行 bash scripts/system-deps.sh test", pytrace=False)
+    arguments = (
+        "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+        "--disable-component-update --disable-sync"
+    )
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=executable, args=arguments.split())
+        yield chromium
+        chromium.close()
+
+
+class Reader:
+    """一个浏览器上下文；记下全部控制台错误与站外请求，站外请求一律拦下。"""
+
+    def __init__(self, browser, web: Web, **options) -> None:
+        self.web = web
+        self.errors: list[str] = []
+        self.external: list[str] = []
+        self.context = browser.new_context(**options)
+        self.context.route(re.compile(rf"^(?!{re.escape(web.url)}|data:|blob:)"), self._block)
+        self.context.on("request", self._note)
+        self.context.on("console", lambda m: m.type == "error" and self.errors.append(f"{m.page.url}: {m.text}"))
+        self.context.on("weberror", lambda e: self.errors.append(f"{e.page.url}: {e.error}"))
+        self.context.on("response", lambda r: r.status >= 400 and self.errors.append(f"{r.status} {r.url}"))
+
+    def _block(self, route) -> None:
+        self._note(route.request)
+        route.abort()
+
+    def _note(self, request) -> None:
+        if not request.url.startswith((self.web.url, "data:", "blob:")):
+            self.external.append(request.url)
+
+    def open(self, page: str):
+        tab = self.context.new_page()
+        tab.goto(self.web.url + page, wait_until="load")
+        return tab
+
+    def __enter__(self) -> "Reader":
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.context.close()
+
+
+@dataclass
+class Visit:
+    """一种读者看完全站之后的事实。"""
+
+    facts: dict[str, dict]  # 页面 -> INSPECT 的结果
+    errors: list[str]
+    external: list[str]
+
+
+@pytest.fixture(scope="module")
+def visits(web, browser):
+    """``visits("dark")``：这种读者看到的全站；每种只看一遍。"""
+
+    @functools.cache
+    def visit(mode: str) -> Visit:
+        with Reader(browser, web, **MODES[mode]) as reader:
+            facts = {}
+            for page in web.pages:
+                tab = reader.open(page)
+                if mode != "no-js":
+                    tab.wait_for_function("document.querySelector('.md-search__input')?.placeholder")
+                    tab.wait_for_timeout(150)  # 复制按钮等由主题的脚本稍后补上
+                facts[page] = tab.evaluate(INSPECT)
+                tab.close()
+            return Visit(facts, reader.errors, reader.external)
+
+    return visit
+
+
+def faults(visit: Visit, check) -> dict[str, object]:
+    """对每一页求 ``check(事实)``，留下不为空的。"""
+    return {page: bad for page, facts in visit.facts.items() if (bad := check(facts))}
+
+
+each_mode = pytest.mark.parametrize("mode", MODES)
+
+
+@each_mode
+def test_no_console_errors_and_no_external_requests(visits, mode):
+    assert visits(mode).errors == []
+    assert visits(mode).external == []
+
+
+@each_mode
+def test_nothing_overflows_sideways(visits, mode):
+    assert faults(visits(mode), lambda f: f["overflow"]) == {}
+
+
+@each_mode
+def test_formulas_are_rendered(visits, mode):
+    assert faults(visits(mode), lambda f: f["unrendered"]) == {}
+    assert faults(visits(mode), lambda f: f["residue"]) == {}
+    assert faults(visits(mode), lambda f: f["overlapping"]) == {}, "公式与编号重叠"
+    assert visits(mode).facts["control/lora/"]["formulas"] > 20
+
+
+@each_mode
+def test_diagrams_are_inline_and_readable(visits, mode):
+    visit = visits(mode)
+    assert faults(visit, lambda f: f["rawMermaid"]) == {}
+    assert faults(visit, lambda f: f["clipped"]) == {}
+    assert faults(visit, lambda f: [d for d in f["diagrams"] if d["width"] < 40 or d["height"] < 20]) == {}
+    # 图里的字是 16px；缩到六成以下就看不清，应当横向滚动
+    assert faults(visit, lambda f: [d for d in f["diagrams"] if d["scale"] < 0.6]) == {}
+    assert faults(visit, lambda f: [d for d in f["diagrams"] if not re.search("[\u4e00-\u9fff]", d["label"])]) == {}
+    assert sum(len(f["diagrams"]) for f in visit.facts.values()) >= 3
+
+
+@each_mode
+def test_each_figure_shows_exactly_one_loaded_image(visits, mode):
+    visit = visits(mode)
+    scheme = "dark" if "dark" in mode else "light"
+    assert {f["scheme"] for f in visit.facts.values()} == {"slate" if scheme == "dark" else "default"}
+
+    def wrong(facts):
+        good = [f for f in facts["figures"] if len(f) == 1 and f[0]["loaded"] and f"#only-{scheme}" in f[0]["src"] and f[0]["alt"]]
+        return [f for f in facts["figures"] if f not in good] + facts["images"]
+
+    assert faults(visit, wrong) == {}
+    assert sum(len(f["figures"]) for f in visit.facts.values()) >= 5
+
+
+@each_mode
+def test_code_and_followups_are_reachable(visits, mode):
+    visit = visits(mode)
+    assert faults(visit, lambda f: f["closed"]) == {}
+    if mode != "no-js":  # 复制按钮由脚本提供
+        assert faults(visit, lambda f: f["copyless"]) == {}
+    assert visit.facts["system/linux-find/"]["blocks"] > 50
+
+
+# ---- 交互 ----
+
+
+def test_copy_button_copies_the_code(web, browser):
+    with Reader(browser, web, **MODES["light"], permissions=["clipboard-read", "clipboard-write"]) as reader:
+        for page in ("leetcode/lc-209/", next(p for p in web.pages if p.startswith("examples/"))):
+            tab = reader.open(page)
+            code = tab.locator(".highlight pre > code").first
+            code.hover()
+            tab.locator("button[data-md-type=copy]").first.click()
+            tab.wait_for_function("navigator.clipboard.readText().then((t) => t.length > 0)")
+            assert tab.evaluate("navigator.clipboard.readText()").strip() == code.inner_text().strip()
+            tab.close()
+        assert reader.errors == []
+
+
+def test_question_links_jump_to_their_answers(web, browser):
+    with Reader(browser, web, **MODES["light"]) as reader:
+        tab = reader.open("leetcode/lc-209/")
+        header = tab.locator(".md-header").bounding_box()
+        targets = tab.locator(".zx-meta ~ ul").first.locator("a").evaluate_all("as => as.map(a => a.getAttribute('href'))")
+        assert len(targets) >= 3
+        for target in targets:
+            tab.evaluate("scrollTo(0, 0)")
+            tab.locator(f'article a[href="{target}"]').first.click()
+            tab.wait_for_function("scrollY > 0")
+            top = tab.locator(target).bounding_box()["y"]
+            assert header["height"] <= top < 450, (target, top)
+        tab.close()
+        tab = reader.open("questions/")  # 题目索引里的一问，直达另一页的锚点
+        tab.locator('article a[href$="#invariant"]').click()
+        tab.wait_for_url("**/leetcode/lc-209/#invariant")
+        tab.wait_for_function("scrollY > 0")
+        assert header["height"] <= tab.locator("#invariant").bounding_box()["y"] < 450
+
+
+def test_followup_opens_with_the_keyboard(web, browser):
+    with Reader(browser, web, **MODES["phone"]) as reader:
+        tab = reader.open("leetcode/lc-209/")
+        details = tab.locator("details.question").first
+        answer = details.locator("p").first
+        assert not answer.is_visible()
+        details.locator("summary").focus()
+        tab.keyboard.press("Enter")
+        assert answer.is_visible() and answer.inner_text().strip()
+
+
+def test_palette_toggle_switches_figures(web, browser):
+    with Reader(browser, web, **MODES["light"]) as reader:
+        tab = reader.open("leetcode/lc-209/")
+        shown = lambda: tab.locator(".zx-figure img").first.is_visible()  # 亮色那张
+        assert shown()
+        tab.locator("label[for=__palette_1]:visible").click()  # 跟随系统 → 浅色
+        tab.locator("label[for=__palette_2]:visible").click()  # 浅色 → 深色
+        assert tab.evaluate("document.body.dataset.mdColorScheme") == "slate"
+        assert not shown() and tab.locator(".zx-figure img").nth(1).is_visible()
+
+
+def test_loaded_page_keeps_working_offline(web, browser):
+    with Reader(browser, web, **MODES["light"]) as reader:
+        tab = reader.open("control/lora/")
+        search(tab, "LoRA")  # 索引与 worker 在页面加载时就取回
+        tab.keyboard.press("Escape")
+        reader.context.set_offline(True)
+        assert "control/lora/" in search(tab, "低秩")[0]
+        tab.keyboard.press("Escape")
+        details = tab.locator("details.question").first
+        details.locator("summary").click()
+        assert details.locator("p").first.is_visible()
+        tab.locator("label[for=__palette_1]:visible").click()
+        tab.locator("label[for=__palette_2]:visible").click()
+        assert tab.evaluate("document.body.dataset.mdColorScheme") == "slate"
+        tab.locator('article a[href="#memory-or-bandwidth"]').first.click()
+        tab.wait_for_function("scrollY > 0")
+        assert tab.locator(".katex-html").first.is_visible() and reader.external == []
+
+
+def test_not_found_page_is_styled(web, browser):
+    with Reader(browser, web, **MODES["light"]) as reader:
+        tab = reader.context.new_page()
+        # 托管服务在任何路径上都给出这一页
+        tab.route("**/no/such/page/", lambda route: route.fulfill(path=web.directory / "404.html", content_type="text/html"))
+        path = urlsplit(web.url).path
+        assert path == "/zhixing/", "站点部署在子路径 /zhixing/ 下，404 页的链接是绝对路径"
+        tab.goto(web.url + "no/such/page/", wait_until="load")
+        assert tab.locator(".md-logo svg").first.bounding_box()["width"] < 60
+        assert reader.errors == [] and reader.external == []
+
+
+# ---- 示例页 ----
+
+
+def test_notebook_pages(web, visits):
+    pages = [p for p in web.pages if p.startswith("examples/")]
+    assert pages
+    for page in pages:
+        html = web.html(page)
+        body = html[html.index("<article") : html.index("</article>")]
+        assert "<style" not in body and "<script" not in body and "ZXMATH" not in body
+        facts = visits("light").facts[page]
+        assert facts["figures"] and facts["blocks"] > 3
+
+
+def test_notebook_page_is_small(web):
+    """不含图的 HTML 目标 60 KiB；超出的部分来自逐词着色的代码，正文（去掉着色的 span）应在目标以内。"""
+    for page in (p for p in web.pages if p.startswith("examples/")):
+        html = re.sub(r"<svg\b.*?</svg>", "", web.html(page), flags=re.S)
+        code = "".join(re.findall(r"<pre>.*?</pre>", html, re.S))
+        spans = len(re.sub(r"</?span[^>]*>", "", code))
+        assert (len(html.encode()) - len(code.encode()) + spans) / 1024 <= NOTEBOOK_KIB, page
+        assert len(html.encode()) / 1024 <= 2 * NOTEBOOK_KIB, page
+
+
+# ---- 打印 ----
+
+
+def test_print_shows_the_answers_and_hides_the_chrome(web, browser):
+    with Reader(browser, web, **MODES["light"]) as reader:
+        tab = reader.open("leetcode/lc-209/")
+        tab.emulate_media(media="print")
+        for chrome in (".md-header", ".md-tabs", ".md-sidebar", ".md-footer", ".md-code__nav"):
+            assert not tab.locator(chrome).first.is_visible(), chrome
+        assert tab.locator("details.question p").first.is_visible(), "折叠的追问在纸上要展开"
+        wide = tab.evaluate(
+            "[...document.querySelectorAll('.highlight pre > code')].filter((c) => c.scrollWidth > c.clientWidth + 1).length"
+        )
+        assert wide == 0, "打印时代码要折行，纸不能滚动"
+
+
+# ---- 搜索 ----
+
+
+def search(tab, query: str) -> list[str]:
+    """在搜索框里输入，返回前五页的路径。"""
+    field = tab.locator(".md-search__input")
+    if not field.is_visible() or not tab.evaluate("document.querySelector('#__search').checked"):
+        tab.keyboard.press("/")
+    tab.locator(".md-search-result__list").evaluate("list => list.replaceChildren()")
+    field.fill("")
+    field.press_sequentially(query)
+    tab.wait_for_function(
+        """() => { const meta = document.querySelector(".md-search-result__meta").textContent;
+                   return document.querySelector(".md-search-result__item") || /没有找到/.test(meta); }"""
+    )
+    tab.wait_for_timeout(250)  # 最后一次按键的结果
+    links = tab.locator(".md-search-result__item > a.md-search-result__link")
+    return [unquote(urlsplit(url).path) for url in links.evaluate_all("as => as.map(a => a.href)")][:5]
+
+
+def search_cases() -> list[tuple[str, list[str]]]:
+    lines = (Path(__file__).parent / "data/search.tsv").read_text("utf-8").splitlines()
+    cases = [line.split("\t") for line in lines if line and not line.startswith("#")]
+    return [(query, pages.split(",")) for query, pages in cases]
+
+
+def test_search_finds_the_page_in_the_top_five(web, browser):
+    with Reader(browser, web, **MODES["light"]) as reader:
+        tab = reader.open("")
+        missed = {}
+        for query, wanted in search_cases():
+            found = search(tab, query)
+            if not any(f"/{page}/" in path for page in wanted for path in found):
+                missed[query] = found
+        assert len(missed) <= 0.1 * len(search_cases()), missed
+        assert "LoRA显存" not in missed, "中英混排"
+        assert reader.errors == [] and reader.external == []
+
+
+# ---- 无障碍 ----
+
+
+@pytest.mark.parametrize("mode", ["light", "dark", "phone"])
+def test_no_serious_accessibility_violations(web, browser, mode):
+    from axe_playwright_python.sync_playwright import Axe
+
+    axe, found = Axe(), {}
+    with Reader(browser, web, **MODES[mode]) as reader:
+        for page in web.pages:
+            tab = reader.open(page)
+            tab.wait_for_timeout(300)
+            for violation in axe.run(tab).response["violations"]:
+                if violation["impact"] in ("serious", "critical"):
+                    nodes = [node["html"][:160] for node in violation["nodes"]]
+                    found.setdefault(violation["id"], {})[page] = (len(nodes), nodes[:2])
+            tab.close()
+    assert found == {}
