@@ -289,6 +289,7 @@ for r, (name, x) in enumerate(rows):
         ax = fig.add_subplot(grid[r, c])
         ax.imshow(x[j, 0], vmin=-1, vmax=1, cmap="gray")
         ax.set(xticks=[], yticks=[])
+        ax.spines[:].set_visible(False)
         if c == 0:
             ax.set_ylabel(name, rotation=0, ha="right", va="center")
 ax = fig.add_subplot(grid[:, -1])

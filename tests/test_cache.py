@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -216,23 +217,22 @@ def test_page_moved_to_another_name_runs_again(project, engine) -> None:
     assert not check(engine, "docs/q.md").cached
 
 
-def test_dependency_edited_while_running_is_not_cached(project, engine) -> None:
+def test_dependency_edited_while_running_is_not_cached(project, engine, tmp_path) -> None:
     """跑到一半有人改了它：结果是旧内容的，不能记在新内容名下。"""
-    project.write(
-        "docs/p.md",
-        "```python\nimport lib, os, time\nopen('started', 'w')\ntime.sleep(0.6)\nprint(lib.value())\n```\n",
-    )
-    scan = blocks.scan(project.root / "docs/p.md", project.root)
-    engine.check([Unit("docs/warm.md", [])])
-    future = engine.executor.submit(None, engine.job(Unit(scan.file, scan.blocks)))
-    unit = Unit(scan.file, scan.blocks)
-    time.sleep(0.3)
-    edit(project, "examples/inner/core.py", "1", "2")
-    payload = future.result()
-    assert payload["blocks"][0]["out"] == "1\n"
-    engine.cache.store(unit.file, engine.unit_key(unit), payload, payload.pop("deps"))
-    outcome = check(engine)
-    assert not outcome.cached and outcome.payload["blocks"][0]["out"] == "2\n"
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    project.write("docs/p.md", f"```python\nimport lib\nopen({str(gate)!r}).read()\nprint(lib.value())\n```\n")
+
+    def author() -> None:
+        with open(gate, "w"):  # 打开的那一刻，页面已经 import 过 lib
+            edit(project, "examples/inner/core.py", "1", "2")
+
+    editing = threading.Thread(target=author)
+    editing.start()
+    first = check(engine)
+    editing.join()
+    assert first.payload["blocks"][0]["out"] == "1\n"
+    assert codes(first) == [] and not engine.cache.path("docs/p.md").exists()
 
 
 # ── 失败 ──────────────────────────────────────────────────────────────
@@ -386,7 +386,7 @@ def test_store_failure_leaves_the_old_file(tmp_path, monkeypatch) -> None:
     def fail(*_: object) -> None:
         raise OSError("磁盘满")
 
-    monkeypatch.setattr(Path, "write_text", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(OSError, match="磁盘满"):
         write_atomic(tmp_path / "f", "新")
     monkeypatch.undo()

@@ -170,6 +170,9 @@ def test_first_differing_line_is_reported() -> None:
         (problem,) = verify(block, OK | {"out": out})
         assert (problem.code, problem.line) == ("R302", line)
         assert "--- 期望" in problem.detail
+    block = replace(BLOCK, expected=Expected("loss 0.5\n<... at 0x1>\nacc 1", 20, 24, "", 1e-2))
+    (problem,) = verify(block, OK | {"out": "loss 0.501\n<f at 0x1>\nacc 2"})
+    assert problem.line == 23
 
 
 def test_long_difference_is_clipped() -> None:

@@ -84,6 +84,7 @@ class Artifacts:
     def __init__(self) -> None:
         self._metrics: dict[str, dict[str, float | int | str]] = {}
         self._figures: dict[str, dict[str, Figure]] = {}
+        self._published: dict[str, Figure] = {}  # SVG 文本 -> 已登记的图
         self.files: dict[str, str] = {}  # 站内路径 -> SVG 文本
 
     def add_example(self, example: str, figures: dict[str, str], metrics: dict[str, float | int | str]) -> None:
@@ -91,12 +92,15 @@ class Artifacts:
         self._figures[example] = {name: self.publish(f"{example}/{name}", svg) for name, svg in figures.items()}
 
     def publish(self, stem: str, svg: str) -> Figure:
-        """登记一张图的亮暗两版。"""
+        """登记一张图的亮暗两版；同一张图再登记一次，返回原来那份。"""
         from zhixing.figures import size, to_dark
 
+        if svg in self._published:
+            return self._published[svg]
         light, dark = (str(self.ROOT / f"{stem}.{scheme}.svg") for scheme in ("light", "dark"))
         self.files[light], self.files[dark] = svg, to_dark(svg)
-        return Figure(light, dark, *size(svg))
+        self._published[svg] = Figure(light, dark, *size(svg))
+        return self._published[svg]
 
     def metric(self, example: str, name: str) -> float | int | str:
         """Raises: KeyError: 没有这个示例或键，参数是可读的原因。"""

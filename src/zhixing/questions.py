@@ -84,7 +84,8 @@ def load(file: str, text: str, problems: list[Problem]) -> Meta:
         data = yaml.safe_load(match[1])
     except (yaml.YAMLError, ValueError) as error:  # ValueError：像 2024-13-01 这样不存在的日期
         mark = getattr(error, "problem_mark", None)
-        bad("F105", str(getattr(error, "problem", None) or error).split("\n")[0], (mark.line + 2) if mark else 1)
+        line = min(mark.line + 2, match[1].count("\n") + 2) if mark else 1  # 没关上的引号会指到末尾之后
+        bad("F105", str(getattr(error, "problem", None) or error).split("\n")[0], line)
         return meta
     if not isinstance(data, dict):
         bad("F105", "front matter 应是键值对", 1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 from typing import Any
 
-from zhixing.blocks import Block
+from zhixing.blocks import Block, Expected
 from zhixing.errors import Problem
 from zhixing.runner import outputs_match
 
@@ -38,7 +38,7 @@ def verify(block: Block, outcome: dict[str, Any], *, figures_declared: bool = Tr
     problems = []
     expected = block.expected
     if expected and not outputs_match(expected.text, outcome["out"], expected.tol):
-        offset, diff = _difference(expected.text, outcome["out"])
+        offset, diff = _difference(expected, outcome["out"])
         problems.append(Problem(block.file, expected.line + 1 + offset, "R302", "实际输出与期望不同", diff))
     if figures_declared and bool(outcome["figs"]) != bool(block.fig):
         reason = "画了图却没写 fig" if outcome["figs"] else "写了 fig 却没有画图"
@@ -59,9 +59,11 @@ def _raises_mismatch(raises: str, error: dict[str, Any]) -> str:
     return ""
 
 
-def _difference(expected: str, got: str) -> tuple[int, str]:
-    want, have = (text.strip("\n").split("\n") for text in (expected, got))
-    offset = next((i for i, (a, b) in enumerate(zip(want, have)) if a.rstrip() != b.rstrip()), min(len(want), len(have)))
+def _difference(expected: Expected, got: str) -> tuple[int, str]:
+    """``(第几行开始不同, 差异)``。"""
+    want, have = (text.strip("\n").split("\n") for text in (expected.text, got))
+    same = (outputs_match(a, b, expected.tol) for a, b in zip(want, have))
+    offset = next((i for i, equal in enumerate(same) if not equal), min(len(want), len(have)))
     diff = difflib.unified_diff(want, have, "期望", "实际", lineterm="", n=2)
     return min(offset, len(want) - 1), _clip("\n".join(diff))
 
