@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import shutil
 from pathlib import Path
@@ -39,7 +38,6 @@ class Build:
         self.problems: list[Problem] = self.project.problems
         self.pages: dict[str, Page] = {}
         self.formulas: dict[str, list[str]] = {}
-        self.notebook_css: dict[str, str] = {}
 
     def nav(self) -> list:
         """导航：首页、各章、示例、关于。章内按难度再按 id 排。"""
@@ -119,11 +117,8 @@ class Build:
         return body
 
     def finish_notebook(self, example: str, html: str, slugify) -> tuple[str, list[dict]]:
-        """修整 mkdocs-jupyter 的输出；样式收进一个共享文件。"""
-        body, toc, css = notebook.finish_html(html, self.formulas[example], slugify)
-        name = f"assets/notebook-{hashlib.sha256(css.encode()).hexdigest()[:12]}.css"
-        self.notebook_css[name] = css
-        return f'<link rel="stylesheet" href="../../{name}">\n{body}', toc
+        """修整 mkdocs-jupyter 的输出，返回 ``(HTML, 目录 token)``。"""
+        return notebook.finish_html(html, self.formulas[example], slugify)
 
     # ---- 收尾 ----
 
@@ -143,7 +138,7 @@ class Build:
             ContentError: 内容有错。
         """
         current.set(None)
-        urls = urls | self.project.artifacts.files.keys() | self.notebook_css.keys()
+        urls = urls | self.project.artifacts.files.keys()
         problems = self.problems
         for page in rendered:
             context = self.pages.get(page.file)
@@ -176,7 +171,7 @@ class Build:
 
     def extra_files(self) -> dict[str, str]:
         """渲染之后才知道的静态文件：站内路径 -> 文本。"""
-        return self.project.artifacts.files | self.notebook_css
+        return self.project.artifacts.files
 
     def close(self) -> None:
         self.engine.close()

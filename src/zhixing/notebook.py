@@ -194,16 +194,29 @@ def _stash_math(file: str, cell: Cell, formulas: list[str], problems: list[Probl
     return "".join(parts)
 
 
-def finish_html(body: str, formulas: list[str], slugify: Callable[[str, str], str]) -> tuple[str, list[dict], str]:
-    """修整 mkdocs-jupyter 渲染出的正文。
+# mkdocs-jupyter 的皮肤（每页 560 KB 样式、自己的复制按钮、折叠条）换成与别的页一样的
+_UNSKIN = [
+    (r"<style[^>]*>.*?</style>|<script[^>]*>.*?</script>|<link[^>]*>", ""),
+    (r'<div class="zeroclipboard-container">.*?</clipboard-copy>\s*</div>', ""),
+    (r'<div class="clipboard-copy-txt"[^>]*>.*?</div>', ""),
+    (r'<div class="jp-Collapser[^>]*>\s*</div>', ""),
+    (
+        r'<div class="highlight-ipynb hl-python"><pre>(.*?)</pre></div>',
+        r'<div class="language-python highlight"><pre><code>\1</code></pre></div>',
+    ),
+    (r'<span class="[nwp]">([^<]*)</span>', r"\1"),  # 名字、空白、标点没有自己的颜色
+    (r"<pre>(?!<code>)(.*?)</pre>", r"<pre><code>\1</code></pre>"),  # 文字输出
+]
 
-    提出每页重复的样式、去掉脚本、换回公式、给中文标题正确的锚点、登记代码块。
+
+def finish_html(body: str, formulas: list[str], slugify: Callable[[str, str], str]) -> tuple[str, list[dict]]:
+    """修整 mkdocs-jupyter 渲染出的正文：换掉皮肤、换回公式、给中文标题正确的锚点。
 
     Returns:
-        ``(HTML, 目录 token, 提出来的样式)``。
+        ``(HTML, 目录 token)``。
     """
-    styles = re.findall(r"<style[^>]*>(.*?)</style>", body, re.S)
-    body = re.sub(r"<style[^>]*>.*?</style>|<script[^>]*>.*?</script>|<link[^>]*>", "", body, flags=re.S)
+    for pattern, replacement in _UNSKIN:
+        body = re.sub(pattern, replacement, body, flags=re.S)
     for i, formula in enumerate(formulas):
         body = body.replace(f"<p>{_TOKEN.format(i)}</p>", formula).replace(_TOKEN.format(i), formula)
     tokens: list[dict] = []
@@ -223,7 +236,7 @@ def finish_html(body: str, formulas: list[str], slugify: Callable[[str, str], st
         return f'<h{level} id="{anchor}">{inner}{link}</h{level}>'
 
     body = re.sub(r"<h(?P<level>[1-6])[^>]*>(?P<inner>.*?)</h(?P=level)>", heading, body, flags=re.S)
-    return body, _nest(tokens), "\n".join(styles)
+    return body, _nest(tokens)
 
 
 def _nest(tokens: list[dict]) -> list[dict]:
