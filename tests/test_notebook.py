@@ -200,7 +200,7 @@ def test_formulas_are_stashed_and_restored(site) -> None:
     source = "".join(json.loads(body)["cells"][0]["source"])
     assert problems == [] and len(formulas) == 2
     assert "行内 ZXMATH0ZX，代码 `$HOME`，价格 \\$5 与 $5" in source and "$d$" in source and "\nZXMATH1ZX\n" in source
-    html, _, _ = notebook.finish_html("<p>行内 ZXMATH0ZX</p>\n<p>ZXMATH1ZX</p>", formulas, slugify(case="lower"))
+    html, _ = notebook.finish_html("<p>行内 ZXMATH0ZX</p>\n<p>ZXMATH1ZX</p>", formulas, slugify(case="lower"))
     assert "ZXMATH" not in html and html.count("<annotation") == 2
     assert "<p>" + formulas[1] not in html
 
@@ -210,7 +210,7 @@ def test_more_than_ten_formulas(site) -> None:
     text = HEAD + "# %% [markdown]\n# " + " ".join(f"$x_{{{i}}}$" for i in range(12)) + "\n"
     _, formulas = notebook.to_ipynb(load(site, text), [], figure_html, [])
     page = " ".join(f"ZXMATH{i}ZX" for i in range(12))
-    html, _, _ = notebook.finish_html(page, formulas, slugify())
+    html, _ = notebook.finish_html(page, formulas, slugify())
     assert re.findall(r"<annotation[^>]*>(.*?)<", html) == [f"x_{{{i}}}" for i in range(12)]
 
 
@@ -227,7 +227,7 @@ def test_finish_html_fixes_headings_and_styles() -> None:
         '<style>a{}</style><script src="x"></script><link rel="y">'
         '<h2 id="">注意力图<a class="anchor-link" href="#_1">¶</a></h2><h3>注意力图</h3><h2>B <code>c</code></h2>'
     )
-    html, toc, css = notebook.finish_html(body, [], slugify(case="lower"))
-    assert css == "a{}" and "<script" not in html and "<link" not in html and "anchor-link" not in html
+    html, toc = notebook.finish_html(body, [], slugify(case="lower"))
+    assert "<style" not in html and "<script" not in html and "<link" not in html and "anchor-link" not in html
     assert 'id="注意力图"' in html and 'id="注意力图-2"' in html and 'id="b-c"' in html
     assert [t["id"] for t in toc] == ["注意力图", "b-c"] and toc[0]["children"][0]["id"] == "注意力图-2"

@@ -267,8 +267,8 @@ def _local_imports(source: str, root: Path) -> set[str]:
     return found
 
 
-def load_equivalents(root: Path) -> dict[tuple[str, str], str]:
-    """登记过的等价变异：``(文件, 改动说明) -> 理由``。
+def load_equivalents(root: Path) -> dict[tuple[str, str, str], str]:
+    """登记过的等价变异：``(文件, 所在行的代码, 改动说明) -> 理由``。
 
     Raises:
         ValueError: 某条没写理由。
@@ -280,8 +280,13 @@ def load_equivalents(root: Path) -> dict[tuple[str, str], str]:
     for item in yaml.safe_load(path.read_text("utf-8")) or []:
         if not item.get("reason"):
             raise ValueError(f"{path.name}：{item} 没写理由")
-        table[item["file"], item["change"]] = item["reason"]
+        table[item["file"], item["code"].strip(), item["change"]] = item["reason"]
     return table
+
+
+def _registered(mutant: Mutant, equivalents: dict[tuple[str, str, str], str], root: Path) -> bool:
+    code = (root / mutant.file).read_text("utf-8").split("\n")[mutant.line - 1].strip()
+    return (mutant.file, code, mutant.what) in equivalents
 
 
 def run(project: Project, engine: Engine, *, sample: int | None, seed: int = 0, progress=lambda _: None) -> list[Verdict]:
@@ -299,8 +304,8 @@ def run(project: Project, engine: Engine, *, sample: int | None, seed: int = 0, 
     for scan in project.scans.values():
         unit = Unit(scan.file, [b for b in scan.blocks if b.runs])
         chosen = collect(unit, project.root)
-        skipped = [m for m in chosen if (m.file, m.what) in equivalents]
-        chosen = [m for m in chosen if (m.file, m.what) not in equivalents]
+        skipped = [m for m in chosen if _registered(m, equivalents, project.root)]
+        chosen = [m for m in chosen if m not in skipped]
         if sample is not None and len(chosen) > sample:
             chosen = random.Random(seed).sample(chosen, sample)
         if not chosen:

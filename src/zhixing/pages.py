@@ -68,6 +68,8 @@ def _report(project: Project) -> str:
     skipped = []
     for row in summary["pages"]:
         file = row["file"]
+        if not row["run"] and not row["skipped"]:
+            continue
         target = file.removeprefix("docs/") if row["kind"] == "page" else file.removesuffix(".py") + ".ipynb"
         lines.append(
             f"| [{file}]({target}) | {row['run']} | {len(row['skipped'])} | {row['shown']} | {row['seconds']:.1f} 秒 "
