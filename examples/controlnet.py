@@ -3,7 +3,7 @@
 #   id: controlnet
 #   title: 像素小世界里的 ControlNet
 #   needs: []
-#   timeout: 240
+#   timeout: 900
 # ---
 
 # %% [markdown]
@@ -34,7 +34,7 @@ s = schedule.cosine(T)
 # ## 小世界
 #
 # 图形由有符号距离场（signed distance field）画出：距离小于 0 是内部，绝对值小于 0.7 像素的一圈就是轮廓线，也就是条件图。
-# “文本”是一个编号：0 是空提示，1 到 6 是“形状 × 明暗”。轮廓线说得清形状和位置，说不清里面是亮是暗：这件事只能靠文本。
+# “文本”是一个编号：0 是空提示，1 到 6 是“形状 × 明暗”。轮廓线说得清形状和位置，说不清里面是亮是暗：这件事由文本说，没有文本就由初始噪声定。
 
 
 # %%
@@ -133,7 +133,7 @@ def sample(model, text, steps=10, seed=0, **kwargs):
 # %% [markdown]
 # ## 基座：只认文本
 #
-# 训完锁住（残差块的第二个卷积从零开始，这是扩散 U-Net 的常见做法，与 ControlNet 的零卷积无关）。它画得出对的明暗，但图形落在哪里全凭初始噪声，所以与任何一张给定的轮廓都对不上。
+# 训完锁住（残差块的第二个卷积从零开始，这是扩散 U-Net 的常见做法，与 ControlNet 的零卷积无关）。它大多画得出对的明暗，但看不到轮廓，图形落在哪里由初始噪声决定，与给定的轮廓对上只是碰巧。
 
 # %%
 base = TinyUNet(classes=7)
@@ -302,7 +302,7 @@ zhixing.figure("scale", fig)
 # %% [markdown]
 # ## 同一条轮廓，两种画法
 #
-# 空提示、同一张轮廓、64 个不同的初始噪声：明暗由噪声决定，两种都会出现；结构由轮廓决定。
+# 空提示、同一张轮廓、64 个不同的初始噪声：明暗没有人指定，由噪声决定，两种都会出现。
 
 # %%
 one = edges_v[:1].expand(64, -1, -1, -1)
@@ -314,7 +314,7 @@ zhixing.metric("share_bright", share_bright)
 # %% [markdown]
 # ## 对照一：零卷积改成普通初始化
 #
-# 其余一切不变，200 步。
+# 用 PyTorch 卷积的缺省初始化，其余一切不变，训 200 步。
 
 # %%
 def ordinary(control):
@@ -336,7 +336,7 @@ zhixing.metric("iou_random_200", log_random["iou"][-1])
 # %% [markdown]
 # ## 对照二：不丢文本
 #
-# 训练时文本从不为空，评测时给空提示。
+# 训练 ControlNet 时文本从不为空（基座仍是原来那个），评测时给空提示。
 
 # %%
 model_keep, log_keep = run(drop=0.0, every=200)

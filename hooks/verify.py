@@ -60,7 +60,8 @@ def on_env(env, config, files):
         b.finish(rendered, {f.url.removeprefix("./") for f in files})
     except ContentError as error:
         report.print_problems(error.problems)
-        raise PluginError(f"{error}，见上；修好后重新构建，已有的站点没有改动") from None
+        if not _serving:  # 预览时照样显示页面，改好一处看一处
+            raise PluginError(f"{error}，见上；修好后重新构建，已有的站点没有改动") from None
     for uri, text in b.extra_files().items():
         files.append(File.generated(config, uri, content=text))
     return env

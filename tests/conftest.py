@@ -6,8 +6,14 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from zhixing.execute import Engine, ZygoteExecutor
+
+
+# 机器忙的时候一个例子多花几百毫秒不算错；CI 里用固定的例子，失败都能原样重现
+settings.register_profile("zhixing", deadline=None, derandomize="CI" in os.environ)
+settings.load_profile("zhixing")
 
 
 class Site:

@@ -340,7 +340,7 @@ def test_no_cache_option_ignores_but_refreshes(project, engine, executor) -> Non
     assert check(engine).cached
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.binary(max_size=200))
 def test_load_never_raises(tmp_path_factory, data) -> None:
     root = tmp_path_factory.mktemp("load")

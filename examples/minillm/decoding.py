@@ -73,7 +73,7 @@ def top_p(logits: Tensor, p: float) -> Tensor:
 
 # --8<-- [start:min_p]
 def min_p(logits: Tensor, p: float) -> Tensor:
-    """留下概率不低于 p · 最大概率的（arXiv:2407.01082 第 3.1 节）。p 不在 (0, 1] 抛 ValueError。
+    """留下概率不低于 p · 最大概率的（arXiv:2407.01082）。p 不在 (0, 1] 抛 ValueError。
 
     两边取对数，归一化常数抵消：z ≥ max z + log p。
     """
@@ -243,7 +243,7 @@ def diverse_beam_search(
     model: Model, prompt: Sequence[int], groups: int, beams: int, steps: int, strength: float,
     eos: int | None = None, alpha: float = 0.0,
 ) -> list[list[Hypothesis]]:  # fmt: skip
-    """多样束搜索（arXiv:1610.02424 式 (2)，汉明多样性）：groups 组，每组 beams 条，组间依次走。
+    """多样束搜索（arXiv:1610.02424 第 3 节，汉明多样性）：groups 组，每组 beams 条，组间依次走。
 
     每一步，后面的组选 token 时，前面各组这一步选过的 token 每次扣 strength 分。返回各组的结果。
     groups、beams、steps 不是正整数，strength 是负数，alpha 不是有限数，抛 ValueError。

@@ -54,8 +54,15 @@ def leave(spool: str, k: int, page: Any) -> Any:
     server.listen()
     os.write(signal_ready, b"1")
     os.close(signal_ready)
+    server.settimeout(2)
     while True:
-        connection, _ = server.accept()
+        try:
+            connection, _ = server.accept()
+        except TimeoutError:
+            if os.getppid() == 1:  # zygote 被 SIGKILL，没人会再来了
+                os._exit(0)
+            continue
+        connection.settimeout(None)
         with connection:
             message, fds = _receive(connection)
             if any(file_hash(Path(page.root) / path) != digest for path, digest in hashes.items()):

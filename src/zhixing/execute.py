@@ -162,6 +162,7 @@ class ZygoteExecutor(Executor):
             stdout=subprocess.PIPE,
             env=clean_environment(self.root),
             cwd=self.root,
+            start_new_session=True,  # Ctrl-C 只发给我们；它等标准输入关闭，收拾干净再走
         )
         self._reader = threading.Thread(target=self._read, args=(self._process, self._spool), daemon=True)
         self._reader.start()
@@ -310,8 +311,10 @@ class Engine:
         }
 
     def unit_key(self, unit: Unit) -> str:
+        # 位置只用于报错；时限放宽或收紧都不改变已经跑完的结果
+        harmless = ("file", "line", "timeout")
         described = [describe_block(block, unit) for block in unit.blocks]
-        return key([unit.file, [{k: v for k, v in b.items() if k not in ("file", "line")} for b in described]])
+        return key([unit.file, [{k: v for k, v in b.items() if k not in harmless} for b in described]])
 
     def check(self, units: list[Unit], progress: Callable[[Outcome], None] = lambda _: None) -> list[Outcome]:
         """执行（或取缓存）并核对；返回顺序与输入一致。"""
