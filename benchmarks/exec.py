@@ -536,12 +536,14 @@ def report(bench: Bench, sites: list[dict], heat: dict) -> str:
                 goal(f"冷：{what} ÷ {other}", limit, wall[0], f"{wall[0]:.3f}（CPU 之比 {wall[1]:.3f}）")
     if sites:
         for label, note in (("不装", "公式仍在构建时渲染"), ("全无", "公式也交给浏览器；仅供参考")):
-            ratios = [row["装引擎"]["wall"] / row[label]["wall"] for row in sites]
+            ratios, cpu = ([row["装引擎"][f] / row[label][f] for row in sites] for f in ("wall", "cpu"))
             seconds = statistics.median(row[label]["wall"] for row in sites)
-            goal(f"热构建 ÷ 不装引擎的同一站点（{note}）", 1.15, statistics.median(ratios), f"{_spread(ratios)}，分母 {seconds:.2f} 秒")
+            shown = f"{_spread(ratios)}（CPU 之比 {statistics.median(cpu):.2f}），分母 {seconds:.2f} 秒"
+            goal(f"热构建 ÷ 不装引擎的同一站点（{note}）", 1.15, statistics.median(ratios), shown)
     for kind, values in heat["latency"].items():
         inside = statistics.median(heat["inside"][kind])
-        goal(f"常驻时改一块到核对完（{kind}页）", 0.15, statistics.median(values), f"{_spread(values, 3)}，其中代码自己 {inside:.3f}", " 秒")
+        shown = f"{_spread(values, 3)}，其中代码自己 {inside:.3f}"
+        goal(f"常驻时改一块到核对完（{kind}页）", 0.15, statistics.median(values), shown, " 秒")
     resident = [1000 * seconds / bench.blocks for seconds in heat["total"]]
     scan = 1000 * heat["first"] / bench.blocks
     fresh = statistics.median(resident) + scan

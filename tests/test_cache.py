@@ -80,11 +80,12 @@ def test_second_check_does_not_run(project, engine) -> None:
     [
         ("docs/p.md", "正文", "正文改了\n\n多出两行"),
         ("docs/p.md", "```python", '```python title="a.py"'),
+        ("docs/p.md", "```python", '```python timeout="60"'),
         ("docs/p.md", "```\n\n```text", "```\n\n\n```text"),
         ("examples/unused.py", "1", "2"),
         ("mkdocs.yml", "测试", "改名"),
     ],
-    ids=["正文", "标题选项", "空行", "没用到的模块", "站点设置"],
+    ids=["正文", "标题选项", "放宽时限", "空行", "没用到的模块", "站点设置"],
 )
 def test_edit_that_does_not_matter_keeps_the_cache(project, engine, file, old, new) -> None:
     check(engine)
@@ -96,14 +97,13 @@ def test_edit_that_does_not_matter_keeps_the_cache(project, engine, file, old, n
     ("file", "old", "new", "reason"),
     [
         ("docs/p.md", "print(", "print( ", "代码、选项或环境变了"),
-        ("docs/p.md", "```python", '```python timeout="9"', "代码、选项或环境变了"),
         ("docs/p.md", "```python", '```python memory="1GiB"', "代码、选项或环境变了"),
         ("docs/p.md", "正文", "```bash\ntrue\n```", "代码、选项或环境变了"),
         ("examples/lib.py", "return core.VALUE", "return core.VALUE + 0", "依赖 examples/lib.py 变了"),
         ("examples/inner/core.py", "1", "1 ", "依赖 examples/inner/core.py 变了"),
         ("data/in.txt", "甲", "甲 ", "依赖 data/in.txt 变了"),
     ],
-    ids=["代码", "时限", "内存", "加一块", "import 的模块", "间接 import 的模块", "打开过的文件"],
+    ids=["代码", "内存", "加一块", "import 的模块", "间接 import 的模块", "打开过的文件"],
 )
 def test_edit_that_matters_reruns(project, engine, file, old, new, reason) -> None:
     check(engine)
@@ -209,6 +209,16 @@ def test_raises_message_is_judged_without_running(project, engine) -> None:
     edit(project, "docs/p.md", "ValueError\"\n", "ValueError: 维\"\n")
     outcome = check(engine)
     assert outcome.cached and codes(outcome) == ["R303"]
+
+
+def test_tightened_timeout_reruns(project, engine) -> None:
+    page = "```python timeout=\"5\"\nimport time\ntime.sleep(0.3)\n```\n"
+    project.write("docs/p.md", page)
+    assert codes(check(engine)) == []
+    project.write("docs/p.md", page.replace('"5"', '"4"'))
+    assert check(engine).cached
+    project.write("docs/p.md", page.replace('"5"', '"0.1"'))
+    assert codes(check(engine)) == ["R304"]
 
 
 def test_page_moved_to_another_name_runs_again(project, engine) -> None:

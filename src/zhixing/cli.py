@@ -92,7 +92,7 @@ def why(args: argparse.Namespace) -> int:
     root = find_root()
     engine = Engine(root)
     for unit in _load(root, [args.page]).units():
-        payload, reason = engine.cache.load(unit.file, engine.unit_key(unit))
+        payload, reason = engine.recall(unit)
         print(f"{unit.file}: {'不用重跑' if payload else '会重跑'}：{reason}")
     return 0
 

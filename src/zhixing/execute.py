@@ -316,13 +316,20 @@ class Engine:
         described = [describe_block(block, unit) for block in unit.blocks]
         return key([unit.file, [{k: v for k, v in b.items() if k not in harmless} for b in described]])
 
+    def recall(self, unit: Unit) -> tuple[dict[str, Any] | None, str]:
+        """``(缓存的结果或 None, 为什么)``。"""
+        payload, why = self.cache.load(unit.file, self.unit_key(unit))
+        if payload and any(r["seconds"] >= b.timeout for b, r in zip(unit.blocks, payload["blocks"])):
+            return None, "时限收紧到上次的耗时以下"
+        return payload, why
+
     def check(self, units: list[Unit], progress: Callable[[Outcome], None] = lambda _: None) -> list[Outcome]:
         """执行（或取缓存）并核对；返回顺序与输入一致。"""
         outcomes: dict[str, Outcome] = {}
         waiting: dict[Future, tuple[Unit, dict[str, Any], str, str]] = {}
         for unit in units:
             unit_key = self.unit_key(unit)
-            payload, why = self.cache.load(unit.file, unit_key) if self.use_cache else (None, "没有使用缓存")
+            payload, why = self.recall(unit) if self.use_cache else (None, "没有使用缓存")
             if payload is None and unit.blocks:
                 job = self.job(unit)
                 waiting[self.executor.submit(execute_job, job)] = (unit, job, unit_key, why)

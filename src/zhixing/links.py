@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import posixpath
+import re
 from dataclasses import dataclass, field
 from html.parser import HTMLParser
 from urllib.parse import unquote, urldefrag, urlparse
@@ -34,7 +35,8 @@ class Rendered:
     strays: list[str] = field(default_factory=list)  # 没登记的 <pre> 的开头文字
 
     def __post_init__(self) -> None:
-        _Reader(self).feed(self.html)
+        # 公式与高亮里有几千个 span，都不带我们要的东西；先去掉，解析快三倍
+        _Reader(self).feed(re.sub(r"</span>|<span(?![^>]*\bid=)[^>]*>", "", self.html))
 
 
 class _Reader(HTMLParser):
