@@ -1,6 +1,7 @@
 """先写到旁边的目录，全部成功才换上：失败或被杀都不会留下半个站点。"""
 
 import logging
+import shutil
 from pathlib import Path
 
 from mkdocs.exceptions import PluginError
@@ -38,3 +39,8 @@ def on_post_build(config):
         raise PluginError("严格模式下有警告，已有的站点没有改动")
     build.publish(_site)
     config.site_dir = str(_site)
+
+
+def on_build_error(error):
+    if _site is not None:
+        shutil.rmtree(build.staging(_site), ignore_errors=True)

@@ -31,6 +31,10 @@ def on_config(config):
 def on_files(files, config):
     b = _build(config)
     b.start()
+    for file in files.documentation_pages():
+        content = b.substitute(f"docs/{file.src_uri}")
+        if content is not None:
+            file.content_string = content
     try:
         assets = b.assets()
     except FileNotFoundError as error:

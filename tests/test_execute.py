@@ -154,6 +154,8 @@ FAST: dict[str, Case] = {
     "bash 声明的退出码": Case(bash("exit 3", 'raises="exit 3"')),
     "bash 退出码不符": Case(bash("exit 4", 'raises="exit 3"'), "R303", 3, ("exit 4",)),
     "bash 等标准输入": Case(bash("read -r x  # ←"), "R301"),
+    "bash 报错的文字每次相同": Case(bash("echo a\nnope_x || true", then=output("a\nbash: line 2: nope_x: command not found"))),
+    "console 报错的文字与终端里一样": Case("```console\n$ echo a\na\n$ nope_x\nbash: nope_x: command not found\n```\n"),
     "bash 多行命令": Case(bash("echo a \\\n  b\nfalse  # ←"), "R301"),
     # ---- console ----
     "console 通过": Case("```console\n$ x=1; echo $x\n1\n$ echo a > f\n$ cat f\na\n$ printf 'b\\n' \\\n>   | cat\nb\n$ ls /nope_x\n...No such file or directory\n```\n"),

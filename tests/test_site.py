@@ -402,17 +402,22 @@ def test_notebook_page_is_small(web):
 # ---- 打印 ----
 
 
-def test_print_shows_the_answers_and_hides_the_chrome(web, browser):
-    with Reader(browser, web, **MODES["light"]) as reader:
+@pytest.mark.parametrize("mode", ["light", "dark"])
+def test_print_shows_the_answers_and_hides_the_chrome(web, browser, mode):
+    with Reader(browser, web, **MODES[mode]) as reader:
         tab = reader.open("leetcode/lc-209/")
         tab.emulate_media(media="print")
         for chrome in (".md-header", ".md-tabs", ".md-sidebar", ".md-footer", ".md-code__nav"):
             assert not tab.locator(chrome).first.is_visible(), chrome
         assert tab.locator("details.question p").first.is_visible(), "折叠的追问在纸上要展开"
+        assert tab.locator(".zx-figure img[src$='#only-light']").first.is_visible()
+        assert not tab.locator(".zx-figure img[src$='#only-dark']").first.is_visible()
         wide = tab.evaluate(
             "[...document.querySelectorAll('.highlight pre > code')].filter((c) => c.scrollWidth > c.clientWidth + 1).length"
         )
-        assert wide == 0, "打印时代码要折行，纸不能滚动"
+        assert wide == 0, "代码要折行，纸不能滚动"
+        ink = tab.evaluate("getComputedStyle(document.querySelector('.highlight .k')).color")
+        assert max(map(int, re.findall(r"\d+", ink))) < 0xD0, f"纸上的代码颜色太浅：{ink}"
 
 
 # ---- 搜索 ----

@@ -115,5 +115,5 @@ class Artifacts:
         if example not in table:
             raise KeyError(f"没有示例 {example!r}，现有：{'、'.join(sorted(table)) or '无'}")
         if name not in table[example]:
-            raise KeyError(f"示例 {example} 没有{what} {name!r}，现有：{'、'.join(sorted(table[example])) or '无'}")
+            raise KeyError(f"示例 {example!r} 没有{what} {name!r}，现有：{'、'.join(sorted(table[example])) or '无'}")
         return table[example][name]

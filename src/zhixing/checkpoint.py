@@ -168,7 +168,8 @@ class Shelf:
                 client.connect(saved.path)
                 data = (json.dumps(job) + "\n").encode()
                 sent = client.sendmsg([data], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", fds))])
-                client.sendall(data[sent:])
+                if sent < len(data):  # 对面可能已经答完并关了连接：空的 sendall 也会 EPIPE
+                    client.sendall(data[sent:])
                 return int(client.recv(32) or 0) or None
         except (OSError, ValueError):
             return None

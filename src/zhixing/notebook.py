@@ -196,7 +196,7 @@ def _stash_math(file: str, cell: Cell, formulas: list[str], problems: list[Probl
 
 # mkdocs-jupyter 的皮肤（每页 560 KB 样式、自己的复制按钮、折叠条）换成与别的页一样的
 _UNSKIN = [
-    (r"<style[^>]*>.*?</style>|<script[^>]*>.*?</script>|<link[^>]*>", ""),
+    (r"<style[^>]*>.*?</style>|<script[^>]*>.*?</script>|<link[^>]*>|<!--.*?-->", ""),
     (r'<div class="zeroclipboard-container">.*?</clipboard-copy>\s*</div>', ""),
     (r'<div class="clipboard-copy-txt"[^>]*>.*?</div>', ""),
     (r'<div class="jp-Collapser[^>]*>\s*</div>', ""),
@@ -204,6 +204,7 @@ _UNSKIN = [
         r'<div class="highlight-ipynb hl-python"><pre>(.*?)</pre></div>',
         r'<div class="language-python highlight"><pre><code>\1</code></pre></div>',
     ),
+    (r'<(div|a) class="jp-[^"]*"[^>]*>', r"<\1>"),
     (r'<span class="[nwp]">([^<]*)</span>', r"\1"),  # 名字、空白、标点没有自己的颜色
     (r"<pre>(?!<code>)(.*?)</pre>", r"<pre><code>\1</code></pre>"),  # 文字输出
 ]

@@ -48,7 +48,7 @@ def wrap(meta: Meta, body: str) -> tuple[str, int]:
     head = ['<div class="zx-meta" markdown="1">', f"{meta.level} · {meta.origin}", "</div>", ""]
     head += ['!!! abstract "30 秒答案"', "", *_indent(meta.brief), ""]
     if meta.questions:
-        head += ["面试官会这样问：", "", *(f"- [{q.ask}]({q.answer})" for q in meta.questions), ""]
+        head += ["面试官会这样问：", "", *(f"- [{q.ask}]({q.answer})" for q in meta.questions if q.answer.startswith("#")), ""]
     tail: list[str] = [""]
     if meta.followups:
         tail += ["", "## 追问 {#followups}", ""]

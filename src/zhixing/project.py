@@ -39,7 +39,11 @@ def _read_page(path: Path, root: Path) -> _Page:
     page = _PAGES.get(path)
     if page is None or page.text != text or page.included != included or page.scan.file != file:
         scan, problems = blocks.scan_text(text, file, root), []
-        meta = questions.load(file, text, problems) if questions.is_question_page(file) else None
+        meta = None
+        if questions.is_question_page(file):
+            meta = questions.load(file, text, problems)
+        else:
+            questions.check_syntax(file, text, problems)
         page = _PAGES[path] = _Page(text, included, scan, meta, problems)
     return page
 

@@ -68,6 +68,28 @@ def is_question_page(file: str) -> bool:
     return len(parts) == 3 and parts[0] == "docs" and parts[1] in SECTIONS and parts[2].endswith(".md")
 
 
+def check_syntax(file: str, text: str, problems: list[Problem]) -> None:
+    """不是题目页的页面：front matter 可以没有，有就得是合法的 YAML。"""
+    if _MATTER.match(text):
+        _parse(text, lambda code, reason, line: problems.append(Problem(file, line, code, reason)))
+
+
+def _parse(text: str, bad: Any) -> tuple[Any, dict] | None:
+    """front matter 的 ``(YAML 节点, 数据)``；不合法时登记 F105 并返回 None。"""
+    matter = _MATTER.match(text)[1]
+    try:
+        node, data = yaml.compose(matter), yaml.safe_load(matter)
+    except (yaml.YAMLError, ValueError) as error:  # ValueError：像 2024-13-01 这样不存在的日期
+        mark = getattr(error, "problem_mark", None)
+        line = min(mark.line + 2, matter.count("\n") + 2) if mark else 1  # 没关上的引号会指到末尾之后
+        bad("F105", str(getattr(error, "problem", None) or error).split("\n")[0], line)
+        return None
+    if not isinstance(data, dict):
+        bad("F105", "front matter 应是键值对", 1)
+        return None
+    return node, data
+
+
 def load(file: str, text: str, problems: list[Problem]) -> Meta:
     """解析并校验一页的 front matter；问题写进 ``problems``，每条都有行号。"""
     meta = Meta(file)
@@ -75,21 +97,13 @@ def load(file: str, text: str, problems: list[Problem]) -> Meta:
     def bad(code: str, reason: str, line: int) -> None:
         problems.append(Problem(file, line, code, reason))
 
-    match = _MATTER.match(text)
-    if not match:
+    if not _MATTER.match(text):
         bad("F101", "缺少 front matter", 1)
         return meta
-    try:
-        node = yaml.compose(match[1])
-        data = yaml.safe_load(match[1])
-    except (yaml.YAMLError, ValueError) as error:  # ValueError：像 2024-13-01 这样不存在的日期
-        mark = getattr(error, "problem_mark", None)
-        line = min(mark.line + 2, match[1].count("\n") + 2) if mark else 1  # 没关上的引号会指到末尾之后
-        bad("F105", str(getattr(error, "problem", None) or error).split("\n")[0], line)
+    parsed = _parse(text, bad)
+    if parsed is None:
         return meta
-    if not isinstance(data, dict):
-        bad("F105", "front matter 应是键值对", 1)
-        return meta
+    node, data = parsed
 
     lines: dict[str, int] = {}
     for key, _ in node.value:

@@ -158,7 +158,9 @@ class _Page:
         while k < len(self.job["blocks"]):
             if since >= checkpoint.WORTH and self.job.get("checkpoints") and not os.listdir():
                 since = 0.0
+                spawned = self.spawned
                 woken = checkpoint.leave(self.job["spool"], k, self)
+                self.spawned = spawned  # 留检查点的 fork 不算页里起的子进程
                 if woken:
                     self.attach(*woken)
                     self._line_cache()
@@ -206,14 +208,14 @@ class _Page:
             error = self._describe(escaped, block)
         if seconds >= block["timeout"] and not (error and error["code"] == "R304"):  # 超时的异常被代码自己吞了
             error = self._error("R304", "Timeout", f"超过 {block['timeout']:g} 秒", *self._start(block))
-        if error and error["type"].startswith("exit "):
+        shell = bool(error) and error["type"].startswith("exit ")
+        if shell:
             error["detail"] = text[-MAX_MESSAGE:]  # bash 的错误信息在输出里
-        if overflow and (not error or error["detail"] == text[-MAX_MESSAGE:]):
+        if overflow and (shell or not error):
             error = self._error("R308", "OutputTooLarge", f"输出超过 {MAX_OUTPUT >> 10} KiB", *self._start(block))
         entry = {"out": text, "error": error, "seconds": round(seconds, 4), "figs": []}
         try:
-            figures = self._take_figures(keep=not error)
-            entry["figs"] = figures
+            entry["figs"] = self._take_figures(keep=not error)
         except Exception as exception:
             entry["error"] = self._describe(exception, block)
         return entry
@@ -385,7 +387,7 @@ class _Page:
         text, overflow = self._take_output()
         if overflow:
             raise Failure("OutputTooLarge", f"输出超过 {MAX_OUTPUT >> 10} KiB", file, line)
-        parts = text.split(marker)
+        parts = re.sub(r"^bash: line \d+: ", "bash: ", text, flags=re.M).split(marker)
         for i, (at, command, expected) in enumerate(commands):
             if i + 1 >= len(parts):
                 raise Failure("Console", f"{command!r} 让 shell 提前结束（退出码 {code}）\n{parts[-1]}", file, line + at)
@@ -507,6 +509,8 @@ class _Page:
         overflow = end - self.read_from > MAX_OUTPUT
         self.read_from = end
         text = data.decode("utf-8", "replace").replace("\r\n", "\n")
+        # bash 的报错不提脚本的临时名字（每次不同），行号从块的第一行数起
+        text = re.sub(r"^/dev/fd/\d+: line (\d+): ", lambda m: f"bash: line {int(m[1]) - 1}: ", text, flags=re.M)
         # 去掉颜色；回车覆盖的进度条只留最后一次
         return re.sub(r"\x1b\[[0-9;]*m|^.*\r", "", text, flags=re.M), overflow
 

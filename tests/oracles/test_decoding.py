@@ -146,7 +146,8 @@ def test_束搜索对照里确有与贪心不同的例子():
         beam = beam_search(f, PROMPT, 5, STEPS, eos=EOS)[0]
         differ += beam.tokens != walk
         early += beam.tokens[-1] == EOS and len(beam.tokens) < STEPS
-        assert beam.logprob >= beam_search(f, PROMPT, 1, STEPS, eos=EOS)[0].logprob
+        width1 = beam_search(f, PROMPT, 1, STEPS, eos=EOS)[0]
+        assert beam.logprob >= width1.logprob - 1e-5                            # float32 的累加次序不同
     assert differ >= 2 and 1 <= early
 
 
