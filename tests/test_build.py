@@ -238,7 +238,7 @@ def test_notebook_page_is_executed_and_self_contained(base):
     body = page[page.index("<article") : page.index("</article>")]
     assert "画好了" in body and 'id="画一条线"' in body and 'class="katex"' in body
     assert "<style" not in body and "<script" not in body and "ZXMATH" not in body
-    assert 'class="language-python highlight"' in body and "jp-" not in body and "clipboard-copy" not in body
+    assert 'class="language-python highlight"' in body and "clipboard-copy" not in body
 
 
 def test_generated_pages_and_navigation(base):

@@ -292,7 +292,7 @@ def test_copy_button_copies_the_code(web, browser):
             tab.evaluate("navigator.clipboard.writeText('')")
             code.hover()
             tab.locator("button[data-md-type=copy]").first.click()
-            tab.wait_for_function("navigator.clipboard.readText().then((t) => t.length > 0)")
+            tab.wait_for_function("async () => (await navigator.clipboard.readText()) !== ''")
             assert tab.evaluate("navigator.clipboard.readText()").strip() == code.inner_text().strip()
             tab.close()
         assert reader.errors == []
