@@ -14,10 +14,14 @@ ROOT = Path(__file__).resolve().parent.parent
 PAGE = "control/lora/"
 
 
+class _Quiet(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args: object) -> None:
+        pass
+
+
 def main() -> None:
     browser_path = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))))
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(ROOT / "site"))
-    handler.log_message = lambda *args: None
+    handler = functools.partial(_Quiet, directory=str(ROOT / "site"))
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with sync_playwright() as playwright:

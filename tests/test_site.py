@@ -95,8 +95,10 @@ async () => {
                                                        alt: m.alt, width: m.getBoundingClientRect().width }))),
     images: all("article img").filter(visible).filter((m) => !(m.complete && m.naturalWidth > 0)).map((m) => m.src),
     blocks: all(".highlight pre > code").filter(visible).length,
-    copyless: all(".highlight pre > code").filter(visible)
-      .filter((c) => !c.parentElement.querySelector("button[data-md-type=copy]")).map((c) => c.textContent.slice(0, 60)),
+    copyless: all(".highlight pre > code, .zx-output pre > code").filter(visible).filter((code) => {
+      const target = code.parentElement.querySelector("button[data-md-type=copy]")?.dataset.clipboardTarget;
+      try { return document.querySelector(target) !== code; } catch { return true; }  // 目标可能不是合法的选择器
+    }).map((c) => c.textContent.slice(0, 60)),
     closed: all("details").filter((d) => !d.open || [...d.children].some((c) => !c.checkVisibility())).length,
   };
 }
