@@ -186,7 +186,9 @@ def _root_tag(attributes: str, for_print: bool) -> str:
         kept.pop("width"), kept.pop("height", None)
         kept["style"] = f"width:{width}px;max-width:100%"
     else:
-        kept |= {"width": str(width), "height": str(height), "style": "overflow:visible"}
+        # 最多缩到六成半，再窄就横向滚动：字缩得更小就看不清了
+        style = f"overflow:visible;min-width:{round(0.65 * width)}px"
+        kept |= {"width": str(width), "height": str(height), "style": style}
     kept |= {"aria-hidden": "true", "focusable": "false"}
     return "<svg " + " ".join(f'{name}="{value}"' for name, value in kept.items()) + ">"
 
