@@ -53,6 +53,11 @@ def on_page_markdown(markdown, page, config, files):
     return _build(config).begin_page(f"docs/{page.file.src_uri}", markdown, page.file.url.removeprefix("./"))
 
 
+def on_page_content(html, page, config, files):
+    # 窄屏上表格自己横向滚动，键盘也要能滚
+    return html.replace("<table>", '<table tabindex="0">')
+
+
 @event_priority(-50)
 def on_env(env, config, files):
     b = _build(config)
