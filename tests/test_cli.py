@@ -107,8 +107,8 @@ def test_directories_and_examples(site, zx) -> None:
     for args, count in ((["docs/sub"], 2), (["docs"], 3), (["docs/a.md", "docs/sub/b.md"], 2), (["examples"], 2), (["."], 5), ([], 5)):
         code, _, err = zx("check", *args)
         assert code == 0 and f"{count} 块跑过" in err, (args, err)
-    code, out, err = zx("check", "examples/f.py")
-    assert code == 0 and "1 块跑过" in err and out == "f: {'n': 3}\n"
+    code, out, err = zx("check", "examples/f.py")  # 连同它 needs 的 e
+    assert code == 0 and "2 块跑过" in err and out == "e: {'n': 3}\nf: {'n': 3}\n"
 
 
 def test_static_problems_do_not_stop_execution(site, zx) -> None:

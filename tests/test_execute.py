@@ -110,6 +110,11 @@ FAST: dict[str, Case] = {
     "很深的一元运算": Case(python("x = " + "-" * 100000 + "1  # ←"), "R306"),
     # ---- 进程死掉 ----
     "段错误": Case(python("import ctypes\nctypes.string_at(0)  # ←"), "R305", says=("信号 11",)),
+    "sys.exit(0)": Case(python("import sys\nsys.exit(0)  # ←\nassert False"), "R301", says=("SystemExit", "没有执行到块尾")),
+    "sys.exit()": Case(python("import sys\nsys.exit()  # ←"), "R301", says=("SystemExit",)),
+    "raise SystemExit 在函数里": Case(python("def f():\n    raise SystemExit  # ←\nf()"), "R301", says=("SystemExit",)),
+    "raises SystemExit(0)": Case(python("import sys\nsys.exit(0)", 'raises="SystemExit"')),
+    "os._exit(0) 在最后一块": Case(python("x = 1", then="\n```python\nimport os\nos._exit(0)\n```\n"), "R305", 8, ("退出码 0",)),
     "os._exit(0)": Case(python("import os\nos._exit(0)"), "R305", 4, ("退出码 0",)),
     "os._exit(9)": Case(python("x = 1", then="\n```python\nimport os\nos._exit(9)\n```\n"), "R305", 8, ("退出码 9",)),
     "SIGKILL 自杀": Case(python("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)"), "R305", 4, ("信号 9",)),
@@ -152,6 +157,13 @@ FAST: dict[str, Case] = {
     "bash 命令替换失败": Case(bash("echo a\nx=$(false)  # ←"), "R301"),
     "bash 失败但后台还开着": Case(bash("sleep 60 &\nexit 4"), "R301", 4, ("exit 4",)),
     "bash 声明的退出码": Case(bash("exit 3", 'raises="exit 3"')),
+    "bash exit 0": Case(bash("echo a\nexit 0  # ←\nfalse"), "R301", says=("没有到块尾",)),
+    "bash exec": Case(bash("exec true  # ←\nfalse"), "R301", says=("没有到块尾",)),
+    "bash 声明的 exit 0": Case(bash("exit 0", 'raises="exit 0"')),
+    "bash 子 shell 里 exit 0": Case(bash("(exit 0)\nbash -c 'exit 0'")),
+    "bash 末行是注释": Case(bash("true\ntrue # 好")),
+    "bash heredoc 结尾": Case(bash("cat <<EOF\n甲\nEOF")),
+    "bash 关掉别的 fd": Case(bash("exec 3>&1\nexec 3>&-\ntrue")),
     "bash 退出码不符": Case(bash("exit 4", 'raises="exit 3"'), "R303", 3, ("exit 4",)),
     "bash 等标准输入": Case(bash("read -r x  # ←"), "R301"),
     "bash 报错的文字每次相同": Case(bash("echo a\nnope_x || true", then=output("a\nbash: line 2: nope_x: command not found"))),
@@ -402,7 +414,7 @@ def test_heavy_imports(site) -> None:
     assert heavy_imports(["from matplotlib import pyplot", "x = "], site.root) == ["matplotlib"]
     assert heavy_imports(["import torchvision, os"], site.root) == []
     (unit,) = units_of(site.root, a="```pycon\n>>> import numpy as np\n>>> for x in y:\n...     import torch\n文字\n```\n")
-    assert Engine(site.root).job(unit)["needs"] == ["numpy", "torch"]
+    assert Engine(site.root).job(unit, {})["imports"] == ["numpy", "torch"]
 
 
 def test_examples_cannot_break_the_zygote(site, monkeypatch) -> None:
@@ -454,6 +466,9 @@ def wait_for(condition, seconds: float = 10) -> None:
 @pytest.mark.parametrize(
     ("action", "allowed"),
     [
+        ("open(hole + '/a.txt', 'w')", True),
+        ("open(hole + '2', 'w')", False),
+        ("os.rename(hole + '/b', root + '/b.txt')", False),
         ("open(root + '/a.txt', 'w')", False),
         ("open(root + '/mkdocs.yml', 'r+')", False),
         ("os.open(root + '/a.txt', os.O_CREAT | os.O_WRONLY)", False),
@@ -470,8 +485,11 @@ def wait_for(condition, seconds: float = 10) -> None:
 def test_audit_fallback(site, tmp_path, action, allowed) -> None:
     """没有命名空间可用时（别的系统、受限的容器），Python 层照样拦。"""
     (tmp_path / "own.txt").write_text("x")
-    code = f"import os, shutil, socket, sys\nfrom zhixing import sandbox\nroot = sys.argv[1]\nsandbox._audit(root)\n{action}"
-    done = subprocess.run([sys.executable, "-c", code, site.root], cwd=tmp_path, capture_output=True, text=True)
+    hole = site.root / "docs" / "hole"
+    hole.mkdir()
+    (hole / "b").touch()
+    code = f"import os, shutil, socket, sys\nfrom zhixing import sandbox\nroot, hole = sys.argv[1:]\nsandbox._audit(root, hole)\n{action}"
+    done = subprocess.run([sys.executable, "-c", code, site.root, hole], cwd=tmp_path, capture_output=True, text=True)
     assert (done.returncode == 0) == allowed, done.stderr
     assert allowed or "PermissionError" in done.stderr
     assert sorted(p.name for p in site.root.iterdir()) == ["docs", "examples", "mkdocs.yml"]

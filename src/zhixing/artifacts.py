@@ -1,14 +1,25 @@
-"""示例产生的图与数字：示例里存（:func:`figure`、:func:`metric`），页面里引用。"""
+"""示例产生的图、数字与文件：示例里存，页面与别的示例里用。
+
+图与数字（:func:`figure`、:func:`metric`）给页面引用；文件（:func:`output_path`、:func:`input_path`）
+在示例之间传递，比如训好的权重。三类东西的名字各管各的，同类之内不能重名。
+"""
 
 from __future__ import annotations
 
+import json
 import math
+import os
 import re
+import sys
+import tempfile
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 _NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_-]*$")
+FILE_NAME = re.compile(r"^[A-Za-z0-9][A-Za-z0-9_-]*(\.[A-Za-z0-9]+)?$")
+_VARIABLE = "ZHIXING_SESSION"
 
 
 @dataclass
@@ -17,9 +28,40 @@ class Recorded:
 
     figures: dict[str, str] = field(default_factory=dict)  # 名字 -> SVG（亮色）
     metrics: dict[str, float | int | str] = field(default_factory=dict)
+    outputs: dict[str, list[tuple[str, int]]] = field(default_factory=dict)  # 名字 -> 要它的地方，由里到外
+    inputs: dict[str, str | None] = field(default_factory=dict)  # 上游/名字 -> sha256；没有那个产物为 None
+    on_scratch: Callable[[], None] | None = None  # 第一次用断点目录时引擎要做的事
+    scratch: bool = False
 
 
 recorded = Recorded()
+
+
+@dataclass
+class Session:
+    """引擎给这一次执行的：私有目录、能读的上游产物、断点目录。"""
+
+    directory: str
+    store: str
+    inputs: dict[str, dict[str, str]]  # 上游示例 -> 名字 -> sha256
+    scratch: str | None
+    example: bool  # 只有示例能产生文件、能用断点目录
+
+
+_session: Session | None = None
+
+
+def begin(session: Session) -> None:
+    """引擎在执行之前调用；经环境变量传给代码块里起的 Python 子进程。"""
+    global _session
+    _session = session
+    os.environ[_VARIABLE] = json.dumps(session.__dict__)
+
+
+def _current() -> Session | None:
+    if _session is None and _VARIABLE in os.environ:
+        return Session(**json.loads(os.environ[_VARIABLE]))
+    return _session
 
 
 def figure(name: str, fig: Any = None) -> None:
@@ -57,6 +99,115 @@ def metric(name: str, value: float | int | str) -> None:
     if isinstance(value, float) and not math.isfinite(value):
         raise ValueError(f"metric {name!r} 不是有限数：{value}")
     recorded.metrics[name] = value
+
+
+def output_path(name: str) -> Path:
+    """产物文件 ``name`` 该写到哪里；执行成功后收下，下游用 ``input_path("本示例/name")`` 读。
+
+    直接用 ``python examples/x.py`` 运行时，写到一个临时目录（位置打印在标准错误）。
+
+    Args:
+        name: 字母数字与 ``-``、``_``，可带一个扩展名，如 ``unet.safetensors``；一个示例里唯一。
+
+    Raises:
+        ValueError: 名字不合法或重复，或不是在示例里调用。
+    """
+    if not FILE_NAME.match(name):
+        raise ValueError(f"产物文件名 {name!r} 只能用字母、数字、- 与 _，可带一个扩展名，如 unet.safetensors")
+    if name in recorded.outputs:
+        raise ValueError(f"产物文件 {name!r} 已经要过一次；把第一次得到的路径存进变量")
+    session = _current()
+    if session is None:
+        directory = Path(tempfile.mkdtemp(prefix="zhixing-output-"))
+        print(f"zhixing：产物文件写到 {directory / name}", file=sys.stderr)
+    elif not session.example:
+        raise ValueError("只有示例（examples/*.py）能产生产物文件；页面读示例的产物用 input_path")
+    else:
+        directory = Path(session.directory) / "outputs"
+        directory.mkdir(parents=True, exist_ok=True)
+    recorded.outputs[name] = _callers()
+    return directory / name
+
+
+def input_path(name: str) -> Path:
+    """上游示例的产物文件，只读；上游要写进示例头部或页面 front matter 的 ``needs``。
+
+    直接用 ``python examples/x.py`` 运行时，读最近一次构建留下的那一份。
+
+    Args:
+        name: ``上游示例 id/产物文件名``，如 ``base/unet.safetensors``。
+
+    Raises:
+        ValueError: 写法不对、上游没有在 ``needs`` 里声明，或上游没有这个产物。
+    """
+    example, slash, file = name.partition("/")
+    if not slash or not _NAME.match(example) or not FILE_NAME.match(file):
+        raise ValueError(f"应写成 上游示例/产物文件名，如 base/unet.safetensors，得到 {name!r}")
+    session = _current()
+    if session is None:
+        return _last_built(example, file)
+    if example not in session.inputs:
+        declared = "、".join(sorted(session.inputs)) or "无"
+        raise ValueError(f"没有在 needs 里声明上游示例 {example!r}（已声明：{declared}）")
+    files = session.inputs[example]
+    recorded.inputs[name] = files.get(file)
+    if file not in files:
+        raise ValueError(f"上游示例 {example!r} 没有产物文件 {file!r}，现有：{'、'.join(sorted(files)) or '无'}")
+    link = Path(session.directory) / "inputs" / example / file  # 有名字、有扩展名，报错时认得出
+    link.parent.mkdir(parents=True, exist_ok=True)
+    if not link.is_symlink():
+        link.symlink_to(Path(session.store) / files[file])
+    return link
+
+
+def scratch_path() -> Path:
+    """断点目录：构建被杀后重跑同一个示例，里面的文件还在；执行成功后引擎删掉它。
+
+    示例的代码、读过的项目文件（连同 import 的模块）或上游产物变了，里面就是空的——
+    旧进度不会混进新结果。直接用 ``python examples/x.py`` 运行时是一个新的临时目录。
+
+    Raises:
+        ValueError: 不是在示例里调用。
+    """
+    session = _current()
+    if session is None:
+        return Path(tempfile.mkdtemp(prefix="zhixing-scratch-"))
+    if not session.example:
+        raise ValueError("只有示例（examples/*.py）能用断点目录")
+    if not recorded.scratch and recorded.on_scratch:
+        recorded.on_scratch()
+    recorded.scratch = True
+    path = Path(session.scratch or session.directory, "files" if session.scratch else "scratch")
+    path.mkdir(parents=True, exist_ok=True)
+    return path
+
+
+def _callers() -> list[tuple[str, int]]:
+    frame, found = sys._getframe(2), []
+    while frame is not None:
+        found.append((frame.f_code.co_filename, frame.f_lineno))
+        frame = frame.f_back
+    return found
+
+
+def _last_built(example: str, file: str) -> Path:
+    """引擎之外：最近一次构建里 ``example`` 的产物。"""
+    main = getattr(sys.modules.get("__main__"), "__file__", None)
+    here = Path(main).resolve().parent if main else Path.cwd()
+    root = next((p for p in (here, *here.parents, Path.cwd()) if (p / "mkdocs.yml").is_file()), here)
+    cache = root / ".cache" / "zhixing"
+    advice = f"先运行 zhixing check examples/{example}.py"
+    try:
+        entry = json.loads((cache / "results" / f"examples__{example}.py.json").read_text("utf-8"))
+        files = entry["payload"]["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise ValueError(f"示例 {example!r} 还没有构建过，{advice}") from None
+    if file not in files:
+        raise ValueError(f"上游示例 {example!r} 没有产物文件 {file!r}，现有：{'、'.join(sorted(files)) or '无'}")
+    path = cache / "files" / files[file]
+    if not path.is_file():
+        raise ValueError(f"产物文件 {example}/{file} 不在缓存里了，{advice}")
+    return path
 
 
 def _check_name(name: str, taken: dict[str, Any]) -> None:

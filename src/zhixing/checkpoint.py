@@ -106,6 +106,7 @@ class _Saved:
     pid: int
     path: str
     blocks: list[dict[str, Any]]
+    inputs: dict[str, dict[str, str]]  # 那时的上游产物
 
     def kill(self) -> None:
         for action in (lambda: os.kill(self.pid, signal.SIGKILL), lambda: os.waitpid(self.pid, 0), lambda: os.unlink(self.path)):
@@ -130,7 +131,7 @@ class Shelf:
         found = []
         for path in base.parent.glob(f"{base.name}.at-*"):
             k, pid = map(int, path.name.rpartition(".at-")[2].split("-"))
-            found.append(_Saved(k, pid, str(path), job["blocks"]))
+            found.append(_Saved(k, pid, str(path), job["blocks"], job["inputs"]))
         if not found:
             return
         page = self.pages.pop(job["file"], []) + found
@@ -148,6 +149,7 @@ class Shelf:
         usable = []
         for saved in page:
             same = saved.k <= len(job["blocks"]) and all(map(_same, saved.blocks[: saved.k], job["blocks"]))
+            same = same and saved.inputs == job["inputs"]
             usable.append(saved) if same else saved.kill()
         while usable:
             saved = usable[-1]

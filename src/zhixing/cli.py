@@ -37,7 +37,7 @@ def _load(root: Path, names: list[str]) -> Project:
         pages |= {p for p in chosen if p.suffix == ".md"}
         examples |= {p for p in chosen if p.suffix == ".py"}
     project = Project.load(root, pages)
-    project.examples = {k: v for k, v in project.examples.items() if root / v.file in examples}
+    project.keep_examples({path.stem for path in examples})
     return project
 
 
@@ -75,7 +75,7 @@ def update(args: argparse.Namespace) -> int:
 
     root = find_root()
     project = _load(root, args.page)
-    project.examples = {}
+    project.keep_examples(set())
     engine = Engine(root)
     try:
         project.execute(engine, report.announce)
@@ -91,9 +91,8 @@ def why(args: argparse.Namespace) -> int:
     """说明某页为什么（不）会重跑。"""
     root = find_root()
     engine = Engine(root)
-    for unit in _load(root, [args.page]).units():
-        payload, reason = engine.recall(unit)
-        print(f"{unit.file}: {'不用重跑' if payload else '会重跑'}：{reason}")
+    for file, (verdict, reason) in engine.explain(_load(root, [args.page]).units()).items():
+        print(f"{file}: {verdict}：{reason}")
     return 0
 
 
@@ -103,7 +102,7 @@ def mutate(args: argparse.Namespace) -> int:
 
     root = find_root()
     project = _load(root, args.page)
-    project.examples = {}
+    project.keep_examples(set())
     engine = Engine(root, workers=args.jobs)
     try:
         project.execute(engine)

@@ -34,6 +34,7 @@ RULES: dict[str, tuple[str, str]] = {
     "R306": ("超过内存上限", '减小规模，或写 memory="2GiB"'),
     "R307": ("图与 fig 声明不一致", '画了图就写 fig="看什么"，写了 fig 就要画图'),
     "R308": ("输出太大", "只打印要给读者看的内容"),
+    "R309": ("要了路径的产物文件没有写出来，或收不进缓存", "往 zhixing.output_path 给的路径写一个普通文件"),
     "M401": ("公式错误", "按 KaTeX 支持的语法改"),
     "M402": ("标题里有公式", "标题用文字，公式放正文"),
     "M403": ("Mermaid 图错误", "按提示的行改图的语法"),
@@ -49,6 +50,7 @@ RULES: dict[str, tuple[str, str]] = {
 
 
 @dataclass(frozen=True, order=True)
+    "E603": ("needs 里的上游没有成功，所以没有执行", "先修好上游示例"),
 class Problem:
     """一条指到行的错误。
 

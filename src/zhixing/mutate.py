@@ -302,7 +302,8 @@ def run(project: Project, engine: Engine, *, sample: int | None, seed: int = 0, 
     futures = {}
     verdicts = []
     for scan in project.scans.values():
-        unit = Unit(scan.file, [b for b in scan.blocks if b.runs])
+        outcome = project.outcomes[scan.file]
+        unit = outcome.unit
         chosen = collect(unit, project.root)
         skipped = [m for m in chosen if _registered(m, equivalents, project.root)]
         chosen = [m for m in chosen if m not in skipped]
@@ -310,8 +311,7 @@ def run(project: Project, engine: Engine, *, sample: int | None, seed: int = 0, 
             chosen = random.Random(seed).sample(chosen, sample)
         if not chosen:
             continue
-        job = engine.job(unit)
-        outcome = project.outcomes[scan.file]
+        job = engine.job(unit, outcome.upstream)
         if outcome.problems:
             raise RuntimeError(f"{scan.file} 本来就没通过，先修好再做变异检查")
         for described, block, result in zip(job["blocks"], unit.blocks, outcome.payload["blocks"], strict=True):

@@ -14,7 +14,8 @@ from zhixing.errors import ContentError, Problem
 
 _HEADER = re.compile(r"\A# ---\n((?:#.*\n)*?)# ---[ \t]*(?:\n|\Z)")
 _CELL = re.compile(r"^# %%(?!%)[^\[\n]*(?P<kind>\[markdown\])?[^\n]*$")
-_FIELDS = {"id", "title", "needs", "timeout", "memory_mib"}
+_FIELDS = {"id", "title", "needs", "timeout", "memory_mib", "threads"}
+MAX_THREADS = 16
 
 
 @dataclass(frozen=True)
@@ -32,6 +33,8 @@ class Example:
     id: str
     title: str
     needs: list[str] = field(default_factory=list)
+    needs_line: int = 1
+    threads: int = 1
     cells: list[Cell] = field(default_factory=list)
     blocks: list[Block] = field(default_factory=list)
 
@@ -84,7 +87,10 @@ def load(path: Path, root: Path) -> Example:
     for name, value, low, high in (("timeout", timeout, 0, 3600), ("memory_mib", memory, 16, 1 << 20)):
         if type(value) not in (int, float) or not low < value <= high:
             raise bad(f"{name} 应是 {low} 到 {high} 之间的数，得到 {value!r}", line_of(name))
-    result = Example(file, example, title, needs)
+    threads = meta.get("threads", 1)
+    if type(threads) is not int or not 1 <= threads <= MAX_THREADS:
+        raise bad(f"threads 应是 1 到 {MAX_THREADS} 之间的整数，得到 {threads!r}", line_of("threads"))
+    result = Example(file, example, title, needs, line_of("needs"), threads)
     result.cells = split_cells(text, header[0].count("\n"))
     for cell in result.cells:
         if cell.kind == "code":

@@ -72,6 +72,7 @@ class Project:
     problems: list[Problem] = field(default_factory=list)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     artifacts: Artifacts = field(default_factory=Artifacts)
+    unreadable: set[str] = field(default_factory=set)  # 头部有错、没能载入的示例
 
     @classmethod
     def load(cls, root: Path, only: Iterable[Path] | None = None) -> Project:
@@ -92,6 +93,8 @@ class Project:
             load(path)
         except ContentError as error:
             self.problems += error.problems
+            if path.suffix == ".py":
+                self.unreadable.add(path.stem)
 
     def _load_page(self, path: Path) -> None:
         page = _read_page(path, self.root)
@@ -113,26 +116,46 @@ class Project:
             )
 
     def _check_needs(self) -> None:
-        for example in self.examples.values():
-            if missing := set(example.needs) - self.examples.keys():
+        known = self.examples.keys() | self.unreadable  # 读不了的另有自己的错误
+        for item, code in [(e, "E602") for e in self.examples.values()] + [(m, "F102") for m in self.metas.values()]:
+            if missing := set(item.needs) - known:
                 reason = f"needs 里的示例不存在：{'、'.join(sorted(missing))}"
-                self.problems.append(Problem(example.file, 1, "E602", reason))
+                self.problems.append(Problem(item.file, item.needs_line, code, reason))
         try:
             list(TopologicalSorter({e.id: set(e.needs) for e in self.examples.values()}).static_order())
         except CycleError as error:
+            first = self.examples[error.args[1][0]]
             cycle = " → ".join(error.args[1])
-            self.problems.append(Problem(self.examples[error.args[1][0]].file, 1, "E602", f"needs 成环：{cycle}"))
+            self.problems.append(Problem(first.file, first.needs_line, "E602", f"needs 成环：{cycle}"))
+
+    def keep_examples(self, chosen: set[str]) -> None:
+        """只留这些示例，以及它们与各页面（传递地）``needs`` 的示例。"""
+        stack, kept = [*chosen, *(need for meta in self.metas.values() for need in meta.needs)], set()
+        while stack:
+            example = stack.pop()
+            if example in self.examples and example not in kept:
+                kept.add(example)
+                stack += self.examples[example].needs
+        self.examples = {k: v for k, v in self.examples.items() if k in kept}
 
     def units(self) -> list[Unit]:
         """要执行的单元：全部示例与页面。"""
-        units = [Unit(e.file, e.blocks, "example") for e in self.examples.values()]
-        return units + [Unit(s.file, [b for b in s.blocks if b.runs]) for s in self.scans.values()]
+        units = [
+            Unit(e.file, e.blocks, "example", tuple(e.needs), e.needs_line, e.threads) for e in self.examples.values()
+        ]
+        for scan in self.scans.values():
+            meta = self.metas.get(scan.file)
+            needs = (tuple(meta.needs), meta.needs_line) if meta else ()
+            units.append(Unit(scan.file, [b for b in scan.blocks if b.runs], "page", *needs))
+        return units
 
     def execute(self, engine: Engine, progress: Callable[[Outcome], None] = lambda _: None) -> None:
         """执行全部示例与页面；结果进 ``outcomes`` 与 ``artifacts``，问题进 ``problems``。"""
         for outcome in engine.check(self.units(), progress):
             self.outcomes[outcome.unit.file] = outcome
-            self.problems += outcome.problems
+            # needs 写错的已经在扫描时指出，不再说一遍“没有执行”
+            told = {(p.file, p.line) for p in self.problems}
+            self.problems += [p for p in outcome.problems if p.code != "E603" or (p.file, p.line) not in told]
         for example in self.examples.values():
             payload = self.outcomes[example.file].payload
             self.artifacts.add_example(example.id, payload["figures"], payload["metrics"])

@@ -32,7 +32,7 @@ LEVELS = ("入门", "进阶", "深入")
 ORIGINS = ("真实面试", "公开资料归纳", "预测")
 
 _REQUIRED = ("id", "title", "section", "level", "origin", "tags", "brief", "questions", "refs")
-_OPTIONAL = ("followups", "hide", "search", "description")
+_OPTIONAL = ("followups", "needs", "hide", "search", "description")
 _MATTER = re.compile(r"\A---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.S | re.M)
 
 
@@ -60,6 +60,8 @@ class Meta:
     questions: list[Question] = field(default_factory=list)
     followups: list[Question] = field(default_factory=list)
     refs: list[str] = field(default_factory=list)
+    needs: list[str] = field(default_factory=list)  # 正文代码要读哪些示例的产物文件
+    needs_line: int = 1
 
 
 def is_question_page(file: str) -> bool:
@@ -138,7 +140,8 @@ def load(file: str, text: str, problems: list[Problem]) -> Meta:
     meta.id, meta.title, meta.brief = text_of("id"), text_of("title"), text_of("brief")
     meta.section = text_of("section", SECTIONS)
     meta.level, meta.origin = text_of("level", LEVELS), text_of("origin", ORIGINS)
-    meta.tags, meta.refs = list_of("tags"), list_of("refs")
+    meta.tags, meta.refs, meta.needs = list_of("tags"), list_of("refs"), list_of("needs")
+    meta.needs_line = lines.get("needs", 1)
     for name in ("questions", "followups"):
         setattr(meta, name, list(_questions(name, data.get(name) or [], nodes.get(name), bad)))
     _, section, stem = file.removesuffix(".md").split("/")

@@ -16,6 +16,7 @@ import json
 import linecache
 import mmap
 import os
+import random
 import re
 import resource
 import signal
@@ -26,10 +27,11 @@ import threading
 import time
 import traceback
 import types
+from pathlib import Path
 from typing import Any
 
-from zhixing import checkpoint, sandbox
-from zhixing.cache import stamp
+from zhixing import artifacts, checkpoint, sandbox
+from zhixing.cache import file_hash, stamp
 
 MAX_OUTPUT = 256 << 10
 MAX_MESSAGE = 10_000
@@ -66,7 +68,7 @@ def run(job: dict[str, Any], progress: int, output: int, result: int) -> None:
     page = _Page()
     page.attach(job, progress, output, result)
     faulthandler.enable(file=sys.stderr)
-    isolation = sandbox.enter(job["root"])
+    isolation = sandbox.enter(job["root"], job.get("scratch"))
     page.begin()
     if "mutants" in job:
         payload = page.hunt()
@@ -80,6 +82,7 @@ def run(job: dict[str, Any], progress: int, output: int, result: int) -> None:
             "isolation": isolation,
             "resumed": page.resumed,
         }
+            "inputs": page.inputs(),
     with os.fdopen(page.result, "w", encoding="utf-8", errors="replace") as f:
         json.dump(payload, f, ensure_ascii=False)
     # 不走解释器的正常退出：torch 的收尾要 0.3–0.7 秒，而结果已经写好
@@ -88,9 +91,9 @@ def run(job: dict[str, Any], progress: int, output: int, result: int) -> None:
 
 class _Page:
     def __init__(self) -> None:
-        from zhixing.artifacts import recorded
-
-        self.recorded = recorded
+        self.recorded = artifacts.recorded
+        self.recorded.on_scratch = self._log_reads
+        self.reads: int | None = None  # 用了断点目录之后，读过的文件随读随记
         self.results: list[dict[str, Any]] = []
         self.opened: dict[str, str] = {}  # 打开过的项目文件 -> 打开时的样子
         self.spawned = False
@@ -112,6 +115,15 @@ class _Page:
 
     def _redirect(self) -> None:
         """接管标准输出与标准错误；每块之前再接一次，前一块关掉或换掉它们也不要紧。"""
+        artifacts.begin(
+            artifacts.Session(
+                directory=f"{job['spool']}.d",
+                store=os.path.join(job["root"], ".cache", "zhixing", "files"),
+                inputs=job["inputs"],
+                scratch=job.get("scratch"),
+                example=job["example"],
+            )
+        )
         for name, fd in (("stdout", 1), ("stderr", 2)):
             os.dup2(self.output, fd)
             setattr(sys, name, io.TextIOWrapper(os.fdopen(fd, "wb", 0, closefd=False), "utf-8", write_through=True))
@@ -123,7 +135,9 @@ class _Page:
         module.__file__ = self.job["file"]
         sys.modules["__main__"] = module
         self.globals = module.__dict__
-        _seed()
+        for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS"):
+            os.environ[name] = str(self.job["threads"])
+        _seed(self.job["threads"])
         self._line_cache()
         sys.addaudithook(self._on_audit)
         signal.signal(signal.SIGALRM, self._on_alarm)
@@ -132,13 +146,30 @@ class _Page:
     def _on_audit(self, event: str, args: tuple) -> None:
         if event == "open" and isinstance(args[0], str | bytes) and not (args[2] or 0) & os.O_WRONLY:
             path = os.path.abspath(os.fsdecode(args[0]))
-            if path.startswith(self.root):
-                self.opened.setdefault(path, stamp(path))
+            if path.startswith(self.root) and path not in self.opened:
+                self.opened[path] = stamp(path)
+                if self.reads is not None:
+                    self._log_reads()
         elif event in _SPAWNS:
             self.spawned = True
 
     def _on_thread_exception(self, args: threading.ExceptHookArgs) -> None:
         if not issubclass(args.exc_type, SystemExit):
+            if self.reads is not None:
+                self._log_reads()
+
+    def _log_reads(self) -> None:
+        """把读过的文件与哈希记进断点目录：下次有一个变了，里面的进度就作废。"""
+        if not self.job.get("scratch"):
+            return
+        if self.reads is None:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+            self.reads = os.open(os.path.join(self.job["scratch"], "read"), flags, 0o600)
+            self.logged: set[str] = set()
+        fresh = self.dependencies().keys() - self.logged
+        self.logged |= fresh
+        lines = (json.dumps([path, file_hash(Path(self.root, path))]) + "\n" for path in sorted(fresh))
+        os.write(self.reads, "".join(lines).encode())
             self.escaped = self.escaped or args.exc_value or args.exc_type()
 
     def _line_cache(self) -> None:
@@ -156,7 +187,7 @@ class _Page:
     def execute(self) -> None:
         k, since = 0, 0.0
         while k < len(self.job["blocks"]):
-            if since >= checkpoint.WORTH and self.job.get("checkpoints") and not os.listdir():
+            if since >= checkpoint.WORTH and self._can_checkpoint():
                 since = 0.0
                 spawned = self.spawned
                 woken = checkpoint.leave(self.job["spool"], k, self)
@@ -165,6 +196,7 @@ class _Page:
                     self.attach(*woken)
                     self._line_cache()
                     self.resumed = k
+                    woken[0]["scratch"] = None  # 围栏里可写的还是留现场那次的目录
             block = self.job["blocks"][k]
             entry = self._run_block(k, block)
             self.results.append(entry)
@@ -176,10 +208,26 @@ class _Page:
 
     def _run_block(self, k: int, block: dict[str, Any]) -> dict[str, Any]:
         """执行一块，返回 ``out error seconds figs``。"""
+        self._check_outputs()
+
+    def _check_outputs(self) -> None:
+        """要过路径的产物都要真的写出来。"""
+        own = {b["file"] for b in self.job["blocks"]}
+        for name, callers in self.recorded.outputs.items():
+            path = os.path.join(f"{self.job['spool']}.d", "outputs", name)
+            if os.path.islink(path) or not os.path.isfile(path):
+                last = self.job["blocks"][-1]
+                file, line = next((c for c in callers if c[0] in own), self._start(last))
+                self.results[-1]["error"] = self._error("R309", "MissingOutput", f"没有把产物文件 {name!r} 写成普通文件", file, line)
+
+    def _can_checkpoint(self) -> bool:
+        """现场能不能留：写过文件、要过产物或断点的路径就不能（下次目录不同），跑过多线程算子之后不能 fork。"""
+        paths = self.recorded.outputs or self.recorded.scratch or os.listdir()
+        return bool(self.job.get("checkpoints")) and self.job["threads"] == 1 and not paths
         handlers = {"python": self._python, "bash": self._bash, "console": self._console, "pycon": self._pycon}
         deadline = time.monotonic() + block["timeout"]
         os.write(self.progress, f"{k} {deadline}\n".encode())
-        self.current = block
+        self.current, self.at = block, k
         self._redirect()
         error = None
         start = time.perf_counter()
@@ -196,8 +244,7 @@ class _Page:
             signal.setitimer(signal.ITIMER_REAL, 0)
             sandbox.limit_memory(resource.RLIM_INFINITY)
             self._end_of_fork(exception)
-            if not (isinstance(exception, SystemExit) and exception.code in (None, 0)):
-                error = self._describe(exception, block)
+            error = self._describe(exception, block)
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             faulthandler.cancel_dump_traceback_later()
@@ -366,7 +413,7 @@ class _Page:
     def _bash(self, block: dict[str, Any]) -> None:
         file, line = self._start(block)
         # 前缀占一行，行号减回去；ERR 陷阱报告出错的行，由里到外（函数、子 shell）每层一个
-        script = "set -Eeuo pipefail; trap 'echo \"$LINENO\" >&@ERR@' ERR\n" + block["source"] + "\n"
+        script = "set -Eeuo pipefail; trap 'echo \"$LINENO\" >&@ERR@' ERR\n" + block["source"] + "\necho end >&@ERR@\n"
         code, where = self._shell(script)
         if code:
             # 未定义变量与语法错不触发 ERR，但 bash 会说是第几行
@@ -421,6 +468,10 @@ class _Page:
             process.kill()
             raise
         finally:
+        if not code and not where.endswith("end\n"):
+            lines = block["source"].split("\n")
+            at = next((i for i, text in enumerate(lines) if re.search(r"\b(exit|exec)\b", text)), 0)
+            raise Failure("exit 0", "没有到块尾就以退出码 0 结束，后面的命令没有跑", file, line + at)
             os.close(read)
         return process.returncode, where
 
@@ -461,7 +512,7 @@ class _Page:
 
     def _describe(self, exception: BaseException, block: dict[str, Any]) -> dict[str, Any]:
         if isinstance(exception, Failure):
-            code = {"Mismatch": "R302", "OutputTooLarge": "R308"}.get(exception.kind, "R301")
+            code = _FAILURES.get(exception.kind, "R301")
             head, _, rest = str(exception).partition("\n")
             return self._error(code, exception.kind, head, exception.file, exception.line, rest)
         trace = traceback.TracebackException.from_exception(exception)
@@ -483,8 +534,10 @@ class _Page:
             text = str(exception)[:MAX_MESSAGE]
         except BaseException:
             text = "（它的 __str__ 抛出异常）"
-        code = "R301"
-        if isinstance(exception, BlockTimeout):
+        code, note = "R301", ""
+        if isinstance(exception, SystemExit):
+            note = "（没有执行到块尾，后面的断言没有跑）"
+        elif isinstance(exception, BlockTimeout):
             code = "R304"
         elif isinstance(exception, MemoryError) or "can't allocate memory" in text:
             code = "R306"
@@ -493,7 +546,7 @@ class _Page:
         name = type(exception).__qualname__
         module = type(exception).__module__
         full = name if module in ("builtins", "__main__", __name__) else f"{module}.{name}"
-        return self._error(code, full, text.split("\n")[0][:500], file, line, detail) | {
+        return self._error(code, full, text.split("\n")[0][:500] + note, file, line, detail) | {
             "mro": [c.__name__ for c in type(exception).__mro__],
             "text": text,
         }
@@ -593,15 +646,22 @@ def _overlay(path: str, source: str) -> None:
     SourceFileLoader.get_data = get_data
 
 
-def _seed() -> None:
+def _seed(threads: int) -> None:
     import random
 
     random.seed(0)
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:
+    def inputs(self) -> dict[str, str | None]:
+        """读过的上游产物；起过子进程的，声明过的都算。"""
+        found = dict(self.recorded.inputs)
+        if self.spawned:
+            found |= {f"{need}/{name}": digest for need, files in self.job["inputs"].items() for name, digest in files.items()}
+        return found
+
         torch = sys.modules["torch"]
-        torch.set_num_threads(1)
+        torch.set_num_threads(threads)
         torch.manual_seed(0)
 
 

@@ -45,16 +45,20 @@ def _loopback_up() -> None:
         fcntl.ioctl(s, 0x8914, request)  # SIOCSIFFLAGS
 
 
-def _read_only(root: str) -> None:
+def _read_only(root: str, writable: str | None) -> None:
     path = os.fsencode(root)
     _call("mount", None, b"/", None, _MS_REC | _MS_PRIVATE, None)
     _call("mount", path, path, None, _MS_BIND | _MS_REC, None)
+    if writable:  # 先单独挂一份：下面改成只读的只有项目目录那一层
+        hole = os.fsencode(writable)
+        _call("mount", hole, hole, None, _MS_BIND, None)
     locked = os.statvfs(root).f_flag & (2 | 4 | 8 | 1024 | 2048)  # nosuid、nodev 等不许去掉
     _call("mount", None, path, None, _MS_BIND | _MS_REMOUNT | _MS_RDONLY | _MS_REC | locked, None)
 
 
-def _audit(root: str) -> None:
+def _audit(root: str, writable: str | None = None) -> None:
     root = os.path.join(root, "")
+    hole = os.path.join(writable, "") if writable else "\0"
     changes = {f"os.{name}" for name in ("remove", "rename", "rmdir", "mkdir", "link", "symlink", "truncate", "chmod")}
 
     def hook(event: str, args: tuple) -> None:
@@ -64,14 +68,21 @@ def _audit(root: str) -> None:
                 raise PermissionError("代码块里没有网络")
         elif event in changes or event == "open" and (args[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
             for path in args[:2]:
-                if isinstance(path, str | bytes) and os.path.abspath(os.fsdecode(path)).startswith(root):
+                if not isinstance(path, str | bytes):
+                    continue
+                full = os.path.abspath(os.fsdecode(path))
+                if full.startswith(root) and not full.startswith(hole):
                     raise PermissionError(f"代码块不能写项目目录：{os.fsdecode(path)}")
 
     sys.addaudithook(hook)
 
 
-def enter(root: str) -> str:
+def enter(root: str, writable: str | None = None) -> str:
     """让当前进程（单线程，刚 fork 出来）进入围栏。
+
+    Args:
+        root: 项目目录，变成只读。
+        writable: 项目目录里唯一可写的子目录（断点目录）。
 
     Returns:
         ``"namespace"``（内核隔离）或 ``"audit"``（只有 Python 层的检查）。
@@ -81,10 +92,10 @@ def enter(root: str) -> str:
     try:
         _unshare()
         _loopback_up()
-        _read_only(root)
+        _read_only(root, writable)
         return "namespace"
     except (OSError, AttributeError):  # AttributeError：不是 Linux，libc 没有 unshare
-        _audit(root)
+        _audit(root, writable)
         return "audit"
 
 

@@ -120,6 +120,7 @@ class Zygote:
         self.pending: list[dict[str, Any]] = []
         self.shelf = Shelf()
         self.running: dict[int, Child | None] = {}  # None：分出去跑轻作业的分身
+        self.busy: dict[int, int] = {}  # 进程号 -> 占几个执行槽
 
     def emit(self, **event: Any) -> None:
         try:
@@ -130,35 +131,38 @@ class Zygote:
 
     def missing(self) -> set[str]:
         """手里的作业要用、还没有 import 的重模块。"""
-        return {m for job in self.pending for m in job["needs"]} - self.loaded
+        return {m for job in self.pending for m in job["imports"]} - self.loaded
 
     def schedule(self) -> None:
-        self.pending.sort(key=lambda job: sum(HEAVY[m] for m in job["needs"]))
-        while self.pending and len(self.running) < self.slots:
+        self.pending.sort(key=lambda job: sum(HEAVY[m] for m in job["imports"]))
+        while self.pending and (free := self.slots - sum(self.busy.values())) > 0:
             missing = self.missing()
             if not missing:
+                size = min(self.pending[0]["threads"], self.slots)
+                if size > free:
+                    return  # 排在最前的多线程作业等够槽位，后面的不插队，免得它一直等
                 child = Child(self.pending.pop(0), self.shelf)
-                self.running[child.pid] = child
+                self.running[child.pid], self.busy[child.pid] = child, size
                 continue
             heaviest = max(missing, key=HEAVY.__getitem__)
-            light = [job for job in self.pending if heaviest not in job["needs"]]
-            if light and self.slots > 1:
+            light = [job for job in self.pending if heaviest not in job["imports"] and job["threads"] == 1]
+            if light and free > 1:
                 # 用不到它的作业交给分身去跑，自己同时 import：torch 的两秒是最长的一段
-                self.delegate(light)
-                self.pending = [job for job in self.pending if heaviest in job["needs"]]
+                self.delegate(light, min(free - 1, len(light)))
+                self.pending = [job for job in self.pending if job not in light]
             for module in sorted(self.missing(), key=HEAVY.__getitem__):
                 preload(module)
                 self.loaded.add(module)
 
-    def delegate(self, jobs: list[dict[str, Any]]) -> None:
+    def delegate(self, jobs: list[dict[str, Any]], slots: int) -> None:
         gc.freeze()
         pid = os.fork()
         if pid:
-            self.running[pid] = None
+            self.running[pid], self.busy[pid] = None, slots
             return
         try:
             _become_subreaper()
-            double = Zygote(self.events, self.slots - 1)
+            double = Zygote(self.events, slots)
             double.loaded = self.loaded
             double.pending = [job | {"checkpoints": False} for job in jobs]  # 分身一走，检查点就没人认领了
             double.drain()
@@ -182,7 +186,7 @@ class Zygote:
             done, status = os.waitpid(pid, os.WNOHANG)
             if not done:
                 continue
-            del self.running[pid]
+            del self.running[pid], self.busy[pid]
             if child is None:
                 continue
             child.kill_group()  # 它留在后台的子进程
