@@ -183,9 +183,9 @@ class ZygoteExecutor(Executor):
                 future.set_exception(error)
             finally:
                 shutil.rmtree(job["cwd"], ignore_errors=True)
+                shutil.rmtree(f"{job['spool']}.d", ignore_errors=True)
         code = process.wait()
         with self._lock:
-                shutil.rmtree(f"{job['spool']}.d", ignore_errors=True)
             self._process = None
             left, self._futures = list(self._futures.values()), {}
         shutil.rmtree(spool, ignore_errors=True)
@@ -248,14 +248,14 @@ def _collect(job: dict[str, Any], event: dict[str, Any]) -> dict[str, Any]:
     for kind in (".json", ".out", ".progress"):
         base.with_suffix(kind).unlink(missing_ok=True)
     if payload is not None and event["status"] == 0:
-        return payload
-    status = event["status"]
         if (payload.get("blocks") or [{}])[-1].get("error"):
             return payload | {"files": {}}  # 没做完的示例不留产物
         try:
             payload["files"] = files.collect(Path(job["root"]), Path(f"{job['spool']}.d") / "outputs")
         except (OSError, ValueError) as error:
             return _lost(job, len(job["blocks"]) - 1, "R309", type(error).__name__, str(error))
+        return payload
+    status = event["status"]
     if event["late"]:
         timeout = job["blocks"][max(event["block"], 0)]["timeout"]
         return _lost(job, event["block"], "R304", "Timeout", f"超过 {timeout:g} 秒，已强行结束", output)
@@ -349,8 +349,6 @@ class Engine:
             return None, why
         if any(r["seconds"] >= b.timeout for b, r in zip(unit.blocks, payload["blocks"])):
             return None, "时限收紧到上次的耗时以下"
-        return payload, why
-
         for name, digest in payload["inputs"].items():
             example, _, file = name.partition("/")
             if upstream.get(example, {}).get(file) != digest:
@@ -358,11 +356,8 @@ class Engine:
         for name, digest in payload["files"].items():
             if not files.intact(self.root, digest):
                 return None, f"产物文件 {name} 丢了或损坏"
-    def check(self, units: list[Unit], progress: Callable[[Outcome], None] = lambda _: None) -> list[Outcome]:
-        """执行（或取缓存）并核对；返回顺序与输入一致。
+        return payload, why
 
-        上游都成功的单元才交出去；上游失败或不存在的不执行，记一条 E603。
-        """
     def explain(self, units: list[Unit]) -> dict[str, tuple[str, str]]:
         """每个单元 ``(会不会重跑, 为什么)``，不执行任何代码。"""
         told: dict[str, tuple[str, str]] = {}
@@ -383,6 +378,11 @@ class Engine:
                 told[unit.file] = "不用重跑" if payload else "会重跑", why
         return told
 
+    def check(self, units: list[Unit], progress: Callable[[Outcome], None] = lambda _: None) -> list[Outcome]:
+        """执行（或取缓存）并核对；返回顺序与输入一致。
+
+        上游都成功的单元才交出去；上游失败或不存在的不执行，记一条 E603。
+        """
         outcomes: dict[str, Outcome] = {}
         todo = {unit.file: unit for unit in units}
         examples = {_example_of(unit): unit.file for unit in units}
@@ -418,14 +418,6 @@ class Engine:
             files.sweep(self.root, self.cache.directory)
         return [outcomes[unit.file] for unit in units]
 
-    def _finish(
-        self,
-        unit: Unit,
-        payload: dict[str, Any],
-        cached: bool,
-        why: str,
-        upstream: dict[str, dict[str, str]],
-        progress: Callable[[Outcome], None],
     @staticmethod
     def _ready(todo: dict[str, Unit], examples: dict[str | None, str], outcomes: dict[str, Outcome]) -> Iterable[Unit]:
         """从 ``todo`` 里逐个取出上游都有了结论的单元；取的途中又有了结论的，跟着取出。"""
@@ -465,6 +457,14 @@ class Engine:
             running.scratch.close(success)
         return outcome, success and bool(payload["files"])
 
+    def _finish(
+        self,
+        unit: Unit,
+        payload: dict[str, Any],
+        cached: bool,
+        why: str,
+        upstream: dict[str, dict[str, str]],
+        progress: Callable[[Outcome], None],
     ) -> Outcome:
         outcome = Outcome(unit, payload, cached, why, upstream)
         pairs = list(zip(unit.blocks, payload["blocks"], strict=False))

@@ -79,10 +79,10 @@ def run(job: dict[str, Any], progress: int, output: int, result: int) -> None:
             "deps": page.dependencies(),
             "figures": page.recorded.figures,
             "metrics": page.recorded.metrics,
+            "inputs": page.inputs(),
             "isolation": isolation,
             "resumed": page.resumed,
         }
-            "inputs": page.inputs(),
     with os.fdopen(page.result, "w", encoding="utf-8", errors="replace") as f:
         json.dump(payload, f, ensure_ascii=False)
     # 不走解释器的正常退出：torch 的收尾要 0.3–0.7 秒，而结果已经写好
@@ -112,9 +112,6 @@ class _Page:
         self._redirect()
         os.chdir(job["cwd"])
         os.environ.update(HOME=job["cwd"], TMPDIR=job["cwd"], PWD=job["cwd"])
-
-    def _redirect(self) -> None:
-        """接管标准输出与标准错误；每块之前再接一次，前一块关掉或换掉它们也不要紧。"""
         artifacts.begin(
             artifacts.Session(
                 directory=f"{job['spool']}.d",
@@ -124,6 +121,9 @@ class _Page:
                 example=job["example"],
             )
         )
+
+    def _redirect(self) -> None:
+        """接管标准输出与标准错误；每块之前再接一次，前一块关掉或换掉它们也不要紧。"""
         for name, fd in (("stdout", 1), ("stderr", 2)):
             os.dup2(self.output, fd)
             setattr(sys, name, io.TextIOWrapper(os.fdopen(fd, "wb", 0, closefd=False), "utf-8", write_through=True))
@@ -152,9 +152,6 @@ class _Page:
                     self._log_reads()
         elif event in _SPAWNS:
             self.spawned = True
-
-    def _on_thread_exception(self, args: threading.ExceptHookArgs) -> None:
-        if not issubclass(args.exc_type, SystemExit):
             if self.reads is not None:
                 self._log_reads()
 
@@ -170,6 +167,9 @@ class _Page:
         self.logged |= fresh
         lines = (json.dumps([path, file_hash(Path(self.root, path))]) + "\n" for path in sorted(fresh))
         os.write(self.reads, "".join(lines).encode())
+
+    def _on_thread_exception(self, args: threading.ExceptHookArgs) -> None:
+        if not issubclass(args.exc_type, SystemExit):
             self.escaped = self.escaped or args.exc_value or args.exc_type()
 
     def _line_cache(self) -> None:
@@ -193,10 +193,10 @@ class _Page:
                 woken = checkpoint.leave(self.job["spool"], k, self)
                 self.spawned = spawned  # 留检查点的 fork 不算页里起的子进程
                 if woken:
+                    woken[0]["scratch"] = None  # 围栏里可写的还是留现场那次的目录
                     self.attach(*woken)
                     self._line_cache()
                     self.resumed = k
-                    woken[0]["scratch"] = None  # 围栏里可写的还是留现场那次的目录
             block = self.job["blocks"][k]
             entry = self._run_block(k, block)
             self.results.append(entry)
@@ -205,9 +205,6 @@ class _Page:
             if error and not (block["raises"] and error["code"] in ("R301", "R306")):
                 return
             k += 1
-
-    def _run_block(self, k: int, block: dict[str, Any]) -> dict[str, Any]:
-        """执行一块，返回 ``out error seconds figs``。"""
         self._check_outputs()
 
     def _check_outputs(self) -> None:
@@ -224,6 +221,9 @@ class _Page:
         """现场能不能留：写过文件、要过产物或断点的路径就不能（下次目录不同），跑过多线程算子之后不能 fork。"""
         paths = self.recorded.outputs or self.recorded.scratch or os.listdir()
         return bool(self.job.get("checkpoints")) and self.job["threads"] == 1 and not paths
+
+    def _run_block(self, k: int, block: dict[str, Any]) -> dict[str, Any]:
+        """执行一块，返回 ``out error seconds figs``。"""
         handlers = {"python": self._python, "bash": self._bash, "console": self._console, "pycon": self._pycon}
         deadline = time.monotonic() + block["timeout"]
         os.write(self.progress, f"{k} {deadline}\n".encode())
@@ -415,6 +415,10 @@ class _Page:
         # 前缀占一行，行号减回去；ERR 陷阱报告出错的行，由里到外（函数、子 shell）每层一个
         script = "set -Eeuo pipefail; trap 'echo \"$LINENO\" >&@ERR@' ERR\n" + block["source"] + "\necho end >&@ERR@\n"
         code, where = self._shell(script)
+        if not code and not where.endswith("end\n"):
+            lines = block["source"].split("\n")
+            at = next((i for i, text in enumerate(lines) if re.search(r"\b(exit|exec)\b", text)), 0)
+            raise Failure("exit 0", "没有到块尾就以退出码 0 结束，后面的命令没有跑", file, line + at)
         if code:
             # 未定义变量与语法错不触发 ERR，但 bash 会说是第几行
             data = os.pread(self.output, MAX_OUTPUT, max(self.read_from, os.fstat(self.output).st_size - MAX_OUTPUT))
@@ -468,10 +472,6 @@ class _Page:
             process.kill()
             raise
         finally:
-        if not code and not where.endswith("end\n"):
-            lines = block["source"].split("\n")
-            at = next((i for i, text in enumerate(lines) if re.search(r"\b(exit|exec)\b", text)), 0)
-            raise Failure("exit 0", "没有到块尾就以退出码 0 结束，后面的命令没有跑", file, line + at)
             os.close(read)
         return process.returncode, where
 
@@ -600,6 +600,13 @@ class _Page:
             if path != self.job["file"] and not path.startswith((".", "node_modules/")) and not path.endswith(".pyc")
         }
 
+    def inputs(self) -> dict[str, str | None]:
+        """读过的上游产物；起过子进程的，声明过的都算。"""
+        found = dict(self.recorded.inputs)
+        if self.spawned:
+            found |= {f"{need}/{name}": digest for need, files in self.job["inputs"].items() for name, digest in files.items()}
+        return found
+
 
 def _chain(trace: traceback.TracebackException):
     seen = set()
@@ -653,13 +660,6 @@ def _seed(threads: int) -> None:
     if "numpy" in sys.modules:
         sys.modules["numpy"].random.seed(0)
     if "torch" in sys.modules:
-    def inputs(self) -> dict[str, str | None]:
-        """读过的上游产物；起过子进程的，声明过的都算。"""
-        found = dict(self.recorded.inputs)
-        if self.spawned:
-            found |= {f"{need}/{name}": digest for need, files in self.job["inputs"].items() for name, digest in files.items()}
-        return found
-
         torch = sys.modules["torch"]
         torch.set_num_threads(threads)
         torch.manual_seed(0)
