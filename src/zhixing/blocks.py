@@ -14,6 +14,7 @@ from pathlib import Path
 import markdown
 from pymdownx import superfences
 
+from zhixing import practice
 from zhixing.errors import ContentError, Problem
 
 ALIASES = {"py": "python", "python3": "python", "sh": "bash", "shell": "bash", "txt": "text"}
@@ -22,7 +23,7 @@ DISPLAY_ONLY = frozenset(
     "text mermaid yaml toml json ini html css js diff latex makefile dockerfile sql c cpp".split()
 )
 HIGHLIGHT_OPTIONS = frozenset({"title", "hl_lines", "linenums"})
-RUN_OPTIONS = frozenset({"raises", "skip", "timeout", "memory", "fig", "output"})
+RUN_OPTIONS = frozenset({"raises", "skip", "timeout", "memory", "fig", "output", "practice", "solution"})
 OUTPUT_TITLE = "输出"
 
 DEFAULT_TIMEOUT = 30.0
@@ -56,6 +57,8 @@ class Block:
         lang: 归一后的语言名。
         source: 去掉缩进、展开引入之后的代码。
         indent: 围栏前的空白与引用符号。
+        practice: 练习的 ``starter`` 或 ``tests``（见 :mod:`zhixing.practice`）；空串是普通的块。
+        solution: 练习测试的参考解在本页的名字。
         origin: 代码来自别的文件时，``(文件, 首行行号)``。
         bound: 它是前一块的期望输出。
     """
@@ -73,6 +76,8 @@ class Block:
     memory: int = DEFAULT_MEMORY
     fig: str = ""
     output: str = ""
+    practice: str = ""
+    solution: str = ""
     origin: tuple[str, int] | None = None
     expected: Expected | None = None
     bound: bool = False
@@ -223,6 +228,7 @@ def scan_text(text: str, file: str, root: Path) -> Scan:
     for raw in raws:
         result.blocks.append(_block(raw, file, root, result.problems))
     result.blocks = _bind_outputs(lines, raws, result)
+    result.problems += practice.check(result.blocks)
     return result
 
 
@@ -345,6 +351,10 @@ def _option(key: str, value: str) -> object:
         if value != "show":
             raise ValueError(f'output 只能是 "show"，得到 {value!r}')
         return value
+    if key == "practice" and value not in (practice.STARTER, practice.TESTS):
+        raise ValueError(f'practice 只能是 "starter" 或 "tests"，得到 {value!r}')
+    if key == "solution" and (not value.isidentifier() or value == "solution"):
+        raise ValueError(f"solution 应是本页定义过的函数或类的名字，得到 {value!r}")
     if key == "fig" and value in ("", "fig"):
         raise ValueError("fig 要写一句话：看什么")
     if key == "raises" and not re.match(r"^(exit \d+|[A-Za-z_][\w.]*(: .+)?)$", value):
@@ -404,6 +414,7 @@ def _bind_outputs(lines: list[str], raws: list[_Raw], result: Scan) -> list[Bloc
         if (
             previous is None
             or previous.lang not in ("python", "bash")
+            or previous.practice
             or previous.indent != block.indent
             or gap.strip("> \t")
         ):

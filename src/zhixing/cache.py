@@ -16,7 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-_ENGINE_FILES = ("runner.py", "figures.py", "artifacts.py", "sandbox.py", "zygote.py", "execute.py")
+_ENGINE_FILES = ("runner.py", "figures.py", "artifacts.py", "sandbox.py", "zygote.py", "execute.py", "judge.py")
 
 
 def file_hash(path: Path) -> str | None:

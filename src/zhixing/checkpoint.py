@@ -23,7 +23,7 @@ MOST_PER_PAGE = 6
 MOST_PAGES = 3
 
 # 块的这些字段（含位置：函数的回溯行号要对）都没变，前缀才算没变
-_IDENTITY = ("lang", "source", "raises", "file", "line", "memory")
+_IDENTITY = ("lang", "source", "raises", "practice", "solution", "file", "line", "memory")
 
 
 def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:

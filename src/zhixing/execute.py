@@ -112,6 +112,8 @@ def describe_block(block: Block, unit: Unit) -> dict[str, Any]:
         "lang": block.lang,
         "source": block.source,
         "raises": bool(block.raises),
+        "practice": block.practice,
+        "solution": block.solution,
         "timeout": block.timeout,
         "memory": block.memory,
         "echo": unit.kind == "example",

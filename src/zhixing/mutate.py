@@ -21,6 +21,8 @@ from typing import Any
 
 import yaml
 
+from zhixing import practice
+from zhixing.blocks import Block
 from zhixing.cache import file_hash, write_atomic
 from zhixing.execute import Engine, Unit, execute_job
 from zhixing.project import Project
@@ -210,14 +212,15 @@ def collect(unit: Unit, root: Path, modules: bool = True) -> list[Mutant]:
     shown: set[tuple[str, int]] = set()
     imported: set[str] = set()
     for k, block in enumerate(unit.blocks):
-        if block.lang != "python" or block.raises:
-            continue
+        if block.lang != "python" or block.raises or block.practice:
+            continue  # 起始代码本来就是红的；测试强不强，看它能不能发现改坏的参考解
         file, first = block.code_start
         if block.origin:
             shown |= {(file, first + i) for i in range(block.source.count("\n") + 1)}
         for line, what, source in mutants_of(block.source):
             found.append(Mutant(file, first + line - 1, what, source, k))
         imported |= _local_imports(block.source, root)
+    found += _practice_mutants(unit)
     for module in sorted(imported) if modules else []:
         source = (root / module).read_text("utf-8")
         for line, what, mutated in mutants_of(source):
@@ -226,15 +229,43 @@ def collect(unit: Unit, root: Path, modules: bool = True) -> list[Mutant]:
     return found
 
 
+def _practice_mutants(unit: Unit) -> Iterator[Mutant]:
+    """改坏练习的参考解（连同它用到的本页函数），只让练习的测试来发现。"""
+    defined: dict[str, tuple[Block, ast.FunctionDef | ast.ClassDef]] = {}
+    for k, block in enumerate(unit.blocks):
+        if block.practice == practice.TESTS:
+            stack, seen = [block.solution], set()
+            while stack:
+                name = stack.pop()
+                if name in seen or name not in defined:
+                    continue
+                seen.add(name)
+                home, node = defined[name]
+                stack += [n.id for n in ast.walk(node) if isinstance(n, ast.Name)]
+                above = min([node.lineno, *(d.lineno for d in node.decorator_list)]) - 1
+                own = "\n".join(home.source.split("\n")[above : node.end_lineno])
+                file, first = home.code_start
+                for line, what, source in mutants_of(own):
+                    yield Mutant(file, first + above + line - 1, f"{what}（只用练习的测试）", source, k)
+        elif block.lang == "python" and not block.raises and not block.practice:
+            for node in ast.parse(block.source).body:
+                if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                    defined[node.name] = block, node
+
+
 def affected(unit: Unit, k: int) -> list[int]:
     """改了第 ``k`` 块之后值得重跑的块：它自己，以及（传递地）用到它碰过的名字的块。
 
     名字按词法看，宁多勿少；bash 等块可能读到它写的文件，也算。
     """
+    if unit.blocks[k].practice:
+        return [k]
     result, tainted = [k], _names(unit.blocks[k].source)
     for i in range(k + 1, len(unit.blocks)):
         block = unit.blocks[i]
         names = _names(block.source) if block.lang in ("python", "pycon") else set()
+        if block.practice:  # 与本页隔离，只看得到参考解
+            names = {block.solution} - {""}
         if block.lang not in ("python", "pycon") or names & tainted:
             result.append(i)
             tainted |= names
@@ -360,7 +391,7 @@ def fingerprint(project: Project, file: str) -> str:
     """页面代码与它 import 的本地模块的指纹：变了，记录就过期了。"""
     blocks = [b for b in project.scans[file].blocks if b.runs and b.lang == "python"]
     modules = sorted({m for b in blocks for m in _local_imports(b.source, project.root)})
-    content = [[b.source for b in blocks], [file_hash(project.root / m) for m in modules]]
+    content = [[b.source + b.solution for b in blocks], [file_hash(project.root / m) for m in modules]]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 

@@ -14,7 +14,7 @@ from markdown import Markdown
 from markdown.extensions import Extension
 from pymdownx.superfences import SuperFencesException
 
-from zhixing import diagram
+from zhixing import diagram, practice
 from zhixing.blocks import DISPLAY_ONLY, EXECUTABLE, Block
 from zhixing.context import PageContext, current
 from zhixing.errors import Problem
@@ -107,7 +107,8 @@ def _format(src: str, language: str, options: dict[str, Any], md: Markdown, **kw
         line = start + 1 + page.offset
         page.rendered.add(line)
         block = page.blocks.get(line)
-        if block is None:
+        told = any(p.file == page.file and p.line == line and p.code == "B211" for p in page.problems)
+        if block is None and not told:  # 在 HTML 注释里的，静态扫描已经报过
             page.problems.append(
                 Problem(page.file, max(line, 1), "B211", "构建时渲染了静态扫描没有找到的代码块")
             )
@@ -140,6 +141,12 @@ def _render(fences: Any, block: Block, options: dict[str, Any], md: Markdown, kw
             figure = page.artifacts.publish(f"{stem}/{len(page.rendered)}-{i}", svg)
             caption = f"<figcaption>{_caption(block.fig)}</figcaption>" if i == 0 else ""
             parts.append(f'<figure class="zx-figure">{images(figure, _plain(block.fig), page)}{caption}</figure>')
+    if block.practice == practice.TESTS:
+        inside = "".join(parts)
+        return f'<details class="zx-block zx-tests" data-zx="{block.line}"><summary>测试代码</summary>{inside}</details>'
+    if block.practice == practice.STARTER:
+        entry = html.escape(practice.entry_of(block.source))
+        return f'<div class="zx-block zx-practice" data-zx="{block.line}" data-entry="{entry}">{"".join(parts)}</div>'
     kind = " zx-expected" if block.bound else ""
     return f'<div class="zx-block{kind}" data-zx="{block.line}">{"".join(parts)}</div>'
 
@@ -163,6 +170,10 @@ def _badge(kind: str, text: str, title: str = "") -> str:
 
 
 def _passed(block: Block, result: dict[str, Any]) -> str:
+    if block.practice == practice.STARTER:
+        return "起始代码：构建时证明它不通过测试"
+    if block.practice == practice.TESTS:
+        return f"已运行，参考解 {block.solution} 通过"
     if block.raises:
         return f"已运行，按声明抛出 {block.raises.partition(':')[0]}" if block.lang != "bash" else f"已运行，按声明 {block.raises}"
     return "已运行，输出一致" if block.expected else "已运行"

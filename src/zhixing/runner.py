@@ -30,7 +30,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-from zhixing import artifacts, checkpoint, sandbox
+from zhixing import artifacts, checkpoint, judge, practice, sandbox
 from zhixing.cache import file_hash, stamp
 
 MAX_OUTPUT = 256 << 10
@@ -42,6 +42,9 @@ _HERE = os.path.dirname(os.path.abspath(__file__))
 
 class BlockTimeout(BaseException):
     """代码块超时；继承 BaseException 以免被用户的 ``except Exception`` 吞掉。"""
+
+
+_FAILURES = {"Mismatch": "R302", "OutputTooLarge": "R308", "UnknownSolution": "P702", "SolutionFails": "P703", "StarterPasses": "P704"}
 
 
 class Failure(Exception):
@@ -237,7 +240,7 @@ class _Page:
             signal.setitimer(signal.ITIMER_REAL, block["timeout"])
             # C 里的死循环收不到 SIGALRM：由看门狗线程打印位置后结束进程
             faulthandler.dump_traceback_later(block["timeout"] + 1, exit=True, file=sys.stderr)
-            handlers[block["lang"]](block)
+            (self._practice if block["practice"] else handlers[block["lang"]])(block)
             self._end_of_fork(None)
         except BaseException as exception:
             self.spare = None  # 可能正是内存用尽的时候，先腾出一点来记录错误
@@ -380,7 +383,7 @@ class _Page:
         for i in mutant["affects"]:
             block = self.job["blocks"][i]
             if i == mutant["block"] and not mutant["module"]:
-                block = block | {"source": mutant["source"]}
+                block = block | {"patch" if block["practice"] else "source": mutant["source"]}
             entry = self._run_block(i, block | {"timeout": _patience(block)})
             declared = block["declared"]
             expected = declared["expected"]
@@ -409,6 +412,56 @@ class _Page:
             value = eval(compile(tail, file, "eval", dont_inherit=True), self.globals)
             if value is not None:
                 print(repr(value))
+
+    def _practice(self, block: dict[str, Any]) -> None:
+        """起始代码只要求能执行；测试要求参考解通过、起始代码不通过。都不碰本页的变量与随机数。"""
+        file, line = self._start(block)
+        state = random.getstate()
+        try:
+            if block["practice"] == practice.STARTER:
+                judge.load(block["source"], file, line)
+                return
+            exec(block.get("patch", ""), self.globals)  # 变异检查：换上改坏的参考解
+            self._check_solution(block)
+            # 静态扫描保证测试的前一块就是它的起始代码；没保证的页（P701）已经有错误
+            starter = self.job["blocks"][self.at - 1]
+            if starter["practice"] == practice.STARTER and "patch" not in block:
+                self._check_starter(starter, block)
+        finally:
+            random.setstate(state)
+
+    def _check_solution(self, block: dict[str, Any]) -> None:
+        file, line = self._start(block)
+        if block["solution"] not in self.globals:
+            raise Failure("UnknownSolution", f"本页到这里还没有定义 {block['solution']!r}", file, line - 1)
+        trial = judge.Trial()
+        try:
+            judge.examine(block["source"], self.globals[block["solution"]], file, line, trial)
+        except Exception as error:
+            described = self._describe(error, block)
+            if described["code"] != "R301":
+                raise
+            name = type(error).__name__
+            reason = f"{block['solution']}：{name}: {error}" if str(error) else f"{block['solution']}：{name}"
+            case = trial.case()
+            known = [f"{label}：{case[k]}" for k, label in (("input", "输入"), ("expected", "期望"), ("actual", "实际")) if case[k]]
+            detail = "\n".join([reason.replace("\n", " ")[:500], *known, described["detail"]])
+            raise Failure("SolutionFails", detail, described["file"], described["line"]) from error
+
+    def _check_starter(self, starter: dict[str, Any], block: dict[str, Any]) -> None:
+        file, line = self._start(block)
+        entry = practice.entry_of(starter["source"])
+        namespace = judge.load(starter["source"], *self._start(starter))
+        try:
+            judge.examine(block["source"], namespace[entry], file, line)
+        except Exception as error:
+            described = self._describe(error, block)
+            first, last = starter["line"], starter["line"] + starter["source"].count("\n")
+            inside = described["file"] == starter["file"] and first <= described["line"] <= last
+            if described["code"] != "R301" or isinstance(error, NameError) and inside:
+                raise  # 内存不够、用了没定义的名字：不是“还没写”，是起始代码自己有错
+            return
+        raise Failure("StarterPasses", f"{entry} 什么都没写，测试却没有发现", file, line - 1)
 
     def _bash(self, block: dict[str, Any]) -> None:
         file, line = self._start(block)
