@@ -20,7 +20,7 @@ import operator
 
 import torch
 
-from .schedule import split
+from .schedule import _same, convert, split
 
 
 def timesteps(T, steps, spacing="trailing"):
@@ -30,9 +30,7 @@ def timesteps(T, steps, spacing="trailing"):
     "leading" ：从 0 起每隔 ⌊T/steps⌋ 取一个。到不了 T-1。
     "linspace"：0 与 T-1 都取，中间等距。
     """
-    if isinstance(steps, bool) or not hasattr(steps, "__index__"):
-        raise ValueError(f"采样步数必须是整数，收到 {steps!r}")
-    steps = operator.index(steps)
+    steps = whole(steps, "采样步数")
     if not 1 <= steps <= T:
         raise ValueError(f"采样步数必须在 1 到训练步数 T = {T} 之间，收到 {steps}")
     if spacing == "trailing":
@@ -67,6 +65,7 @@ def ddim_step(s, x, t, t_next, pred, kind="eps", eta=0.0, noise=None):
     a_next, b_next = level(s, t_next)
     if not eta:
         return a_next * x0 + b_next * eps
+    _same(x, noise=noise)
     sigma = ddim_sigma(s, t, t_next, eta)
     along = math.sqrt(max(b_next**2 - sigma**2, 0.0))                      # 舍入可能让差略小于 0
     return a_next * x0 + along * eps + sigma * noise
@@ -100,7 +99,8 @@ def pndm(s, ask, x, ts, kind):
 
     头一步没有历史，先试走一步、在终点再问一次网络，取两次的平均重走——与 diffusers 的
     PNDMScheduler(skip_prk_steps=True) 相同（原论文头三步用四阶龙格–库塔，多问九次网络）。
-    所以 n 步共问 n+1 次。组合的是网络的原始输出，kind = "v" 时就是 v，也与 diffusers 相同。
+    所以 n 步共问 n+1 次。组合的是网络的原始输出，也与 diffusers 相同：kind = "v" 时组合的就是 v，
+    而 v 随 t 转动，于是只剩一阶；要原论文的做法，请先把网络输出换成 ε。
     """
     past = []
     for t, t_next in zip(ts, [*ts[1:], -1]):
@@ -176,21 +176,25 @@ def sample(s, denoise, x_T, steps, method="dpm++", kind="v", eta=0.0, spacing="t
 def invert(s, denoise, x0, steps, kind="v", spacing="trailing", refine=0, callback=None):
     """DDIM 反演：把干净数据 x0 (B, ...) 送回它的“初始噪声”，返回 (B, ...)。
 
-    采样从 t 走到 t_next 用的是 ε̂(x_t, t)；倒过来走时 x_t 还不知道，先用手里的 x_{t_next} 代替，
-    这就是误差的来源。``refine`` 大于 0 时用刚得到的 x_t 再问网络，重走 ``refine`` 次
-    （不动点迭代）；收敛时与采样严格互逆。每步问 1 + refine 次网络。
+    采样从 t 走到更小的 t' 用的是 ε̂(x_t, t)；倒过来走时 x_t 还不知道，先拿手里的 x_{t'} 去问网络，
+    这就是误差的来源。``refine`` 大于 0 时再用刚得到的 x_t 去问，重走 ``refine`` 次（不动点迭代），
+    收敛时与采样严格互逆。每步问 1 + refine 次网络。
+
+    重走用 v 的形式：采样的一步是旋转 x_{t'} = cosΔ x_t - sinΔ v̂(x_t, t)，Δ 是两个步号的夹角，
+    反解 x_t。这样迭代的缩小率约为 tanΔ，在 ᾱ ≈ 0 那一头也小于 1；用 ε 的形式在那里接近 1，不收敛。
     """
-    if isinstance(refine, bool) or not isinstance(refine, int) or refine < 0:
-        raise ValueError(f"refine 必须是不小于 0 的整数，收到 {refine!r}")
+    if whole(refine, "refine") < 0:
+        raise ValueError(f"refine 不能为负，收到 {refine}")
     ts = check_path(s, steps, spacing)[::-1]                               # 从小到大
     ask = checked(denoise, x0)
     x = x0
     for i, (t_now, t) in enumerate(zip([-1, *ts[:-1]], ts)):               # 从 t_now 走上 t
         (a_now, b_now), (a, b) = level(s, t_now), level(s, t)
-        x_t = x
-        for _ in range(1 + refine):
-            _, eps = split(s, x_t, t, ask(x_t, t), kind)
-            x_t = a * (x - b_now * eps) / a_now + b * eps
+        _, eps = split(s, x, t, ask(x, t), kind)
+        x_t = a * (x - b_now * eps) / a_now + b * eps
+        for _ in range(refine):
+            v = convert(s, x_t, t, ask(x_t, t), kind, "v")
+            x_t = (x + (a_now * b - b_now * a) * v) / (a_now * a + b_now * b)
         x = x_t
         if callback is not None:
             callback(i, t, x)
@@ -199,11 +203,21 @@ def invert(s, denoise, x0, steps, kind="v", spacing="trailing", refine=0, callba
 
 
 # --8<-- [start:check]
+def whole(value, name):
+    """整数（含 0 维整型张量）→ int。"""
+    try:
+        if isinstance(value, bool):
+            raise TypeError
+        return operator.index(value)
+    except TypeError:
+        raise ValueError(f"{name}必须是整数，收到 {value!r}") from None
+
+
 def check_path(s, steps, spacing):
     """步数或步号序列 → 严格递减的步号列表。"""
-    if isinstance(steps, str) or not hasattr(steps, "__iter__"):
+    if not isinstance(steps, list | tuple | range):
         return timesteps(len(s), steps, spacing)
-    ts = [operator.index(t) for t in steps]
+    ts = [whole(t, "步号") for t in steps]
     if not ts or ts[0] >= len(s) or ts[-1] < 0 or any(t <= u for t, u in zip(ts, ts[1:])):
         raise ValueError(f"步号序列必须非空、严格递减、在 0 到 {len(s) - 1} 之间，收到 {ts}")
     return ts
