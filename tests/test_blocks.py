@@ -59,7 +59,7 @@ def render(found: blocks.Scan) -> tuple[Page, links.Rendered]:
     """像 MkDocs 那样去掉 front matter，再用站点同一组扩展渲染。"""
     body, _ = get_data(found.text)
     offset = found.text.count("\n") - body.count("\n")
-    page = Page(found.file, found.text, "../", [], None, blocks={b.line: b for b in found.blocks}, offset=offset)
+    page = Page(found.file, found.text, "../", list(found.problems), None, blocks={b.line: b for b in found.blocks}, offset=offset)
     token = current.set(page)
     try:
         html = markdown.markdown(
@@ -169,16 +169,19 @@ def test_found_rendered_and_visible_agree(root, content, expected) -> None:
 
 @pytest.mark.parametrize(
     "content",
-    ["<!--\n```python\nx = 1\n```\n-->\n\n```python\ny = 2\n```\n", "- 项\n\n    <!--\n    ```python\n    x = 1\n    ```\n    -->\n\n```python\ny = 2\n```\n"],
-    ids=["顶层", "列表里"],
+    ["<!--\n```python\nx = 1\n```\n-->\n\n```python\ny = 2\n```\n", "正文 <!--\n```python\nx = 1\n```\n-->\n\n```python\ny = 2\n```\n",
+     "> <!-- a\n> ```python\n> x = 1\n> ```\n> -->\n\n```python\ny = 2\n```\n", "- 项\n\n    <!--\n    ```python\n    x = 1\n    ```\n    -->\n\n```python\ny = 2\n```\n"],
+    ids=["顶层", "段落中间", "引用里", "列表里"],
 )  # fmt: skip
-def test_fence_in_html_comment_is_not_a_block(root, content) -> None:
+def test_fence_in_html_comment_is_an_error_found_by_the_scan(root, content) -> None:
+    """静态扫描就报，构建时不再报第二遍：两边同一编号、同一行。"""
     found = scan(root, content)
-    assert [b.source for b in found.blocks] == ["y = 2"] and found.problems == []
+    line = next(i for i, text in enumerate(content.split("\n"), 1) if "```python" in text)
+    assert [b.source for b in found.blocks] == ["y = 2"]
+    assert [(p.line, p.code) for p in found.problems] == [(line, "B211")] and "注释" in found.problems[0].reason
     page, rendered = render(found)
-    assert rendered.blocks == {found.blocks[0].line}
-    # 注释里的块静态扫描不认；构建收集到了它，就必须报出来而不是悄悄放过
-    assert {(p.line, p.code) for p in page.problems} <= {(line, "B211") for line in page.rendered - rendered.blocks}
+    assert rendered.blocks == {found.blocks[0].line} and rendered.strays == []
+    assert page.problems == found.problems
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,10 @@ def test_exit_codes(site, zx) -> None:
         (["nope"], "invalid choice"),
         ([], "required"),
         (["why", "docs/nope.md"], "找不到"),
+        (["run", "docs/nope.md"], "找不到"),
+        (["run"], "required"),
+        (["report"], "没有上一次的结果"),
+        (["report", "--format", "pdf"], "invalid choice"),
         (["update", "docs/nope.md"], "找不到"),
         (["new", "nope/x"], "章"),
         (["new", "control"], "章"),
@@ -190,6 +194,72 @@ def test_github_annotations(monkeypatch, capsys) -> None:
     out, err = capsys.readouterr()
     assert out.splitlines() == ["::error file=docs/a.md,line=1::R301 100%25 错%0A换行", "::error file=docs/b.md,line=3::B201 没关"]
     assert err.startswith("docs/a.md:1: R301")
+
+
+# ── run 与 report ─────────────────────────────────────────────────────
+
+
+def test_run_prints_every_output(site, zx) -> None:
+    site.write("docs/a.md", GOOD + "\n```bash\nprintf b\n```\n")
+    site.write("examples/e.py", EXAMPLE)
+    code, out, err = zx("run", "docs/a.md")
+    assert code == 0 and [line.partition("（")[0] for line in out.splitlines()] == [
+        "── docs/a.md:3 python", "1", "── docs/a.md:11 bash", "b"]  # fmt: skip
+    assert "docs/a.md  2 块" in err and "缓存" not in err
+    assert zx("run", "docs/a.md")[1] == out and "缓存" in zx("run", "docs/a.md")[2]
+    assert "缓存" not in zx("run", "--no-cache", "docs/a.md")[2]
+    code, out, _ = zx("run", "examples/e.py")
+    assert code == 0 and out.endswith("n = 3\n")
+
+
+def test_run_shows_output_up_to_the_failure(site, zx) -> None:
+    site.write("docs/a.md", "```python\nprint('先')\n1 / 0\n```\n")
+    code, out, err = zx("run", "docs/a.md")
+    assert code == 1 and out.endswith("先\n") and "docs/a.md:3: R301" in err
+
+
+def test_run_does_not_print_the_upstream(site, zx) -> None:
+    site.write("examples/e.py", EXAMPLE)
+    site.write("examples/f.py", EXAMPLE.replace("id: e", "id: f\n#   needs: [e]").replace("3", "4"))
+    _, out, err = zx("run", "examples/f.py")
+    assert "n = 4" in out and "n = 3" not in out and "examples/e.py" in err
+
+
+def test_report_renders_the_last_result_without_running(site, zx, monkeypatch) -> None:
+    site.write("docs/a.md", GOOD + '\n```bash skip="要<联网>"\ncurl x\n```\n')
+    assert zx("check")[0] == 0
+    monkeypatch.setattr(cli, "Engine", None)
+    code, out, _ = zx("report")
+    assert code == 0 and "✓ docs/a.md  1 块，跳过 1" in out and "0 处错误" in out
+    code, out, _ = zx("report", "--format", "html")
+    assert code == 0 and "要&lt;联网&gt;" in out and out.count("<tr>") == 2
+
+
+def test_report_of_a_failure_exits_1(site, zx) -> None:
+    site.write("docs/b.md", BAD)
+    assert zx("check", "--json", "a.json", "--junit", "a.xml")[0] == 1
+    for name, path in (("json", "b.json"), ("junit", "b.xml"), ("html", "b.html"), ("text", "b.txt")):
+        code, out, _ = zx("report", "--format", name, "-o", path)
+        assert (code, out) == (1, "") and "R301" in (site.root / path).read_text("utf-8")
+    strip = "time"
+    first, second = (json.loads((site.root / f"{n}.json").read_text("utf-8")) for n in "ab")
+    assert {k: v for k, v in first.items() if k != strip} == {k: v for k, v in second.items() if k != strip}
+    assert (site.root / "a.xml").read_text("utf-8") == (site.root / "b.xml").read_text("utf-8").rstrip("\n")
+
+
+@pytest.mark.parametrize("content", [None, "", "{", "[]", '{"problems": [{}]}'])
+def test_report_without_a_last_result_exits_2(site, zx, content) -> None:
+    if content is not None:
+        site.write(".cache/zhixing/last.json", content)
+    code, _, err = zx("report")
+    assert code == 2 and "先运行 zhixing check" in err
+
+
+def test_help_lists_every_command_and_exit_codes(zx) -> None:
+    code, out, _ = zx("--help")
+    assert code == 0 and "退出码" in out
+    for command in ("check", "run", "update", "why", "mutate", "report", "new"):
+        assert f"\n    {command} " in out and zx(command, "--help")[0] == 0
 
 
 # ── update ────────────────────────────────────────────────────────────

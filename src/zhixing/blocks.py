@@ -31,6 +31,10 @@ DEFAULT_MEMORY = 4 << 30
 
 _FENCE_LIKE = re.compile(r"^(?P<lead>[> \t]*(?P<marker>(?:[-*+]|\d+[.)])[ \t]+)*)(?:`{3,}(?!.*`)|~{3,})")
 _INCLUDE = re.compile(r'^\s*-{2,}8<-{2,}\s+"(?P<path>[^":]+)(?::(?P<region>[\w.-]+))?"\s*$')
+_COMMENT = re.compile(
+    r"(?P<comment>^[> ]*<!--.*?-->|<!--(?:(?!-->|\n[> ]*\n).)*-->)|(?<!`)(?P<tick>`+)(?!`)(?:(?!\n[> ]*\n).)+?(?<!`)(?P=tick)(?!`)",
+    re.S | re.M,
+)
 _MEMORY = re.compile(r"^(\d+(?:\.\d+)?)\s*(MiB|GiB)$")
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\n.*?^(?:---|\.\.\.)[ \t]*(?:\n|\Z)", re.S | re.M)
 
@@ -223,6 +227,10 @@ def scan_text(text: str, file: str, root: Path) -> Scan:
     lines = strip_front_matter(text).expandtabs(4).split("\n")
     raws, dangling = _RECORDER.scan(lines)
     hidden = _comment_lines(lines, raws)
+    for raw in raws:
+        if raw.start in hidden:
+            reason = "围栏写在 HTML 注释里，读者看不见也不会执行；暂时不要就删掉，要留着就移出注释"
+            result.problems.append(Problem(file, raw.start + 1, "B211", reason))
     raws = [r for r in raws if r.start not in hidden]
     _check_strays(lines, raws, dangling, hidden, result)
     for raw in raws:
@@ -233,17 +241,20 @@ def scan_text(text: str, file: str, root: Path) -> Scan:
 
 
 def _comment_lines(lines: list[str], raws: list[_Raw]) -> set[int]:
-    """HTML 注释占的行：注释里的围栏读者看不见，不算代码块。"""
+    """HTML 注释占的行；围栏里面的与行内代码里的 ``<!--`` 不算。
+
+    行首开始的注释可以含空行；段落中间开始的遇到空行就不再是注释（Python-Markdown 的规矩）。
+    """
     masked = list(lines)
     for raw in raws:
         for i in range(raw.start, raw.end + 1):
-            masked[i] = ""
+            masked[i] = "x"
     hidden: set[int] = set()
     text = "\n".join(masked)
-    # 行首才开始注释：行内代码里提到的 <!-- 不算
-    for match in re.finditer(r"^[> ]*<!--.*?-->", text, re.S | re.M):
-        first = text.count("\n", 0, match.start())
-        hidden.update(range(first, first + match.group().count("\n") + 1))
+    for match in _COMMENT.finditer(text):
+        if match["comment"]:
+            first = text.count("\n", 0, match.start())
+            hidden.update(range(first, first + match.group().count("\n") + 1))
     return hidden
 
 

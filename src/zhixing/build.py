@@ -171,6 +171,8 @@ class Build:
         broken = [repr(Path(p.file).stem) for p in problems if p.file.startswith("examples/")]
         problems = [p for p in problems if p.code not in ("M404", "M405") or not any(b in p.reason for b in broken)]
         report.print_summary(self.project)
+        self.project.problems = problems
+        report.save(self.project)
         if problems:
             raise ContentError(problems)
 

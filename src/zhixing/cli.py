@@ -1,6 +1,6 @@
 """命令行 ``zhixing``；不 import mkdocs。
 
-退出码：0 全部通过；1 内容有错；2 用法不对。
+退出码：0 全部通过；1 内容有错（或变异检查的杀死率不够）；2 用法不对。
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from zhixing import notebook, report
-from zhixing.execute import Engine, connect
+from zhixing.execute import Engine, Outcome, connect
 from zhixing.project import Project, find_root
 
 
@@ -57,16 +57,58 @@ def check(args: argparse.Namespace) -> int:
         project.execute(engine, report.announce)
     finally:
         engine.close()
-    if args.json:
-        Path(args.json).write_text(report.to_json(project), "utf-8")
-    if args.junit:
-        Path(args.junit).write_text(report.to_junit(project), "utf-8")
+    report.save(project)
+    for path, render in ((args.json, report.to_json), (args.junit, report.to_junit)):
+        if path:
+            Path(path).write_text(render(report.record(project)), "utf-8")
     if not project.scans:
         for example, values in sorted(project.artifacts._metrics.items()):
             print(f"{example}: {values}")
     report.print_problems(project.problems)
     report.print_summary(project)
     return 1 if project.problems else 0
+
+
+def run(args: argparse.Namespace) -> int:
+    """执行点名的示例与页面，把每一块的输出打到标准输出。"""
+    root = find_root()
+    project = _load(root, args.page)
+    chosen = {Path(name).resolve() for name in args.page}
+    engine = Engine(root, workers=args.jobs, cache=not args.no_cache)
+
+    def show(outcome: Outcome) -> None:
+        report.announce(outcome)
+        file = root / outcome.unit.file
+        if not chosen & {file, *file.parents}:
+            return  # 只因为是上游才跑的
+        for block, result in zip(outcome.unit.blocks, outcome.payload["blocks"], strict=False):
+            figures = f"，{len(result['figs'])} 张图" if result["figs"] else ""
+            print(f"── {block.file}:{block.line} {block.lang}（{result['seconds']:.2f} 秒{figures}）")
+            print(result["out"], end="" if result["out"].endswith("\n") or not result["out"] else "\n")
+        for name, value in outcome.payload["metrics"].items():
+            print(f"{name} = {value!r}")
+        for kind, what in (("figures", "图"), ("files", "产物文件")):
+            if names := "、".join(outcome.payload[kind]):
+                print(f"{what}：{names}")
+        sys.stdout.flush()
+
+    try:
+        project.execute(engine, show)
+    finally:
+        engine.close()
+    report.print_problems(project.problems)
+    return 1 if project.problems else 0
+
+
+def show_report(args: argparse.Namespace) -> int:
+    """由上一次核对的结果生成报告，不执行代码。"""
+    data = report.load(find_root())
+    text = report.FORMATS[args.format](data)
+    if args.output:
+        Path(args.output).write_text(text if text.endswith("\n") else text + "\n", "utf-8")
+    else:
+        print(text)
+    return 1 if data["problems"] else 0
 
 
 def update(args: argparse.Namespace) -> int:
@@ -149,7 +191,11 @@ def new(args: argparse.Namespace) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="zhixing", description="核对知识库里的每一个代码块")
+    parser = argparse.ArgumentParser(
+        prog="zhixing",
+        description="核对知识库里的每一个代码块",
+        epilog="退出码：0 全部通过；1 内容有错，或变异检查的杀死率不够；2 用法不对。",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
 
     p = commands.add_parser("check", help="扫描、执行、核对（缺省全站，也可给页面、目录或 examples/*.py）")
@@ -160,6 +206,17 @@ def main(argv: list[str] | None = None) -> int:
     p.add_argument("--json", metavar="文件", help="写出 JSON 报告")
     p.add_argument("--junit", metavar="文件", help="写出 JUnit 报告")
     p.set_defaults(run=check)
+
+    p = commands.add_parser("run", help="执行示例或页面，把每一块的输出打到终端")
+    p.add_argument("page", nargs="+", help="页面、示例或放着它们的目录；needs 的上游会先跑（有缓存就用）")
+    p.add_argument("-j", "--jobs", type=_positive, help="并行的进程数，缺省为核数")
+    p.add_argument("--no-cache", action="store_true", help="不用已有的结果，连上游一起重跑")
+    p.set_defaults(run=run)
+
+    p = commands.add_parser("report", help="由上一次 check 或构建的结果生成报告，不执行代码；上次有错则退出 1")
+    p.add_argument("--format", choices=report.FORMATS, default="text", help="缺省 text")
+    p.add_argument("-o", "--output", metavar="文件", help="写到文件，缺省打到标准输出")
+    p.set_defaults(run=show_report)
 
     p = commands.add_parser("update", help="用实际输出改写期望输出")
     p.add_argument("page", nargs="*")
