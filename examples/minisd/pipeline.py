@@ -50,15 +50,28 @@ class StableDiffusion:
     def __init__(self, text_encoder, vae, unet, schedule=schedule.cosine()):
         self.text_encoder, self.vae, self.unet, self.schedule = text_encoder, vae, unet, schedule
 
+    @property
+    def device(self):
+        """权重所在的设备；输入都搬到这里。"""
+        return next(self.vae.parameters()).device
+
+    def to(self, device):
+        """三个网络一起搬到 device，返回自己。"""
+        for net in (self.text_encoder, self.vae, self.unet):
+            net.to(device)
+        return self
+
     @classmethod
-    def load(cls, clip_path, vae_path, unet_path):
-        """从三个权重文件组装。"""
-        model = load_weights(clip.CLIP(), clip_path)
-        return cls(model.text_encoder, load_weights(vae.VAE(), vae_path), load_weights(unet.UNet(), unet_path))
+    def load(cls, clip_path, vae_path, unet_path=None):
+        """从权重文件组装；不给 unet_path 就是一个还没训练的 U-Net（输出恒为零）。"""
+        net = unet.UNet()
+        if unet_path is not None:
+            load_weights(net, unet_path)
+        return cls(load_weights(clip.CLIP(), clip_path).text_encoder, load_weights(vae.VAE(), vae_path), net)
 
     def encode(self, prompts):
         """描述列表 → 逐字特征 (B, L, D) 与有效位 (B, L)。空串表示无条件。"""
-        return self.text_encoder(clip.tokenize(prompts))
+        return self.text_encoder(clip.tokenize(prompts).to(self.device))
 
     def denoiser(self, prompts, guidance=2.0, negative=None, **extra):
         """给采样器用的 denoise(x, t) → v，已含无分类器引导：v_∅ + w (v_c - v_∅)。
@@ -85,11 +98,11 @@ class StableDiffusion:
         return lambda x, t: self.unet(x, t, text, valid)
 
     def noise(self, n, generator, size=24):
-        """初始噪声 x_T：(n, 4, size/4, size/4)。"""
+        """初始噪声 x_T：(n, 4, size/4, size/4)。总在 CPU 上抽，换设备不换噪声。"""
         if size % (2 * self.vae.FACTOR):
             raise ValueError(f"图像边长必须是 {2 * self.vae.FACTOR} 的倍数，收到 {size}")
         side = size // self.vae.FACTOR
-        return torch.randn(n, 4, side, side, generator=generator)
+        return torch.randn(n, 4, side, side, generator=generator).to(self.device)
 
     @torch.no_grad()
     def __call__(self, prompts, generator, steps=12, guidance=2.0, negative=None, method="dpm++", **extra):
