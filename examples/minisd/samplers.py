@@ -20,14 +20,14 @@ import operator
 
 import torch
 
-from .schedule import _same, convert, split
+from minisd.schedule import _same, convert, split
 
 
 def timesteps(T, steps, spacing="trailing"):
     """从 T 个步号里取 ``steps`` 个，从大到小，长 ``steps`` 的列表（arXiv:2305.08891 表 2）。
 
     "trailing"：从 T-1 起等距往下。起点与训练时的纯噪声一致，是缺省。
-    "leading" ：从 0 起每隔 ⌊T/steps⌋ 取一个。到不了 T-1。
+    "leading" ：从 0 起每隔 ⌊T/steps⌋ 取一个，到不了 T-1。
     "linspace"：0 与 T-1 都取，中间等距。
     """
     steps = whole(steps, "采样步数")
@@ -95,22 +95,22 @@ ADAMS = {                                            # Adams–Bashforth 系数�
 
 
 def pndm(s, ask, x, ts, kind):
-    """PNDM 的线性多步形式（PLMS，arXiv:2202.09778 式 9、12）：用最近四次预测的组合代替这一次的。
+    """PNDM 的线性多步形式（PLMS，arXiv:2202.09778 式 9、12）：用最近四个 ε̂ 的组合代替这一个。
 
-    头一步没有历史，先试走一步、在终点再问一次网络，取两次的平均重走——与 diffusers 的
-    PNDMScheduler(skip_prk_steps=True) 相同（原论文头三步用四阶龙格–库塔，多问九次网络）。
-    所以 n 步共问 n+1 次。组合的是网络的原始输出，也与 diffusers 相同：kind = "v" 时组合的就是 v，
-    而 v 随 t 转动，于是只剩一阶；要原论文的做法，请先把网络输出换成 ε。
+    头一步没有历史：先试走一步，在终点再问一次网络，取两个 ε̂ 的平均重走，所以 n 步共问 n+1 次。
+    这与 diffusers 的 PNDMScheduler(skip_prk_steps=True) 相同；原论文的头三步用四阶龙格–库塔，要多问九次。
+    ε̂ 的一点变化会被放大 a'/a 倍，所以不要从 ᾱ ≈ 0 处起步：缺省的步号取法是 "leading"。
     """
     past = []
     for t, t_next in zip(ts, [*ts[1:], -1]):
-        past = [ask(x, t), *past[:3]]                                      # 最新的在前，至多四个
+        _, eps = split(s, x, t, ask(x, t), kind)
+        past = [eps, *past[:3]]                                            # 最新的在前，至多四个
         if len(past) == 1 and t_next >= 0:
-            trial = move(s, x, t, t_next, past[0], kind)
-            pred = (past[0] + ask(trial, t_next)) / 2
+            trial = move(s, x, t, t_next, eps, "eps")
+            eps = (eps + split(s, trial, t_next, ask(trial, t_next), kind)[1]) / 2
         else:
-            pred = sum(c * p for c, p in zip(ADAMS[len(past)], past, strict=True))
-        x = move(s, x, t, t_next, pred, kind)
+            eps = sum(c * e for c, e in zip(ADAMS[len(past)], past, strict=True))
+        x = move(s, x, t, t_next, eps, "eps")
         yield x
 # --8<-- [end:pndm]
 
@@ -139,7 +139,7 @@ def dpm_solver_pp(s, ask, x, ts, kind):
 
 # --8<-- [start:sample]
 @torch.no_grad()
-def sample(s, denoise, x_T, steps, method="dpm++", kind="v", eta=0.0, spacing="trailing",
+def sample(s, denoise, x_T, steps, method="dpm++", kind="v", eta=0.0, spacing=None,
            generator=None, callback=None):
     """从 x_T (B, ...) 出发走完一条轨迹，返回 x_0 (B, ...)。不改动 x_T，不记梯度。
 
@@ -147,6 +147,7 @@ def sample(s, denoise, x_T, steps, method="dpm++", kind="v", eta=0.0, spacing="t
     ``method``    "ddim"、"pndm" 或 "dpm++"。DDPM（σ² = β̃）就是 method="ddim"、eta=1。
     ``kind``      预测类型："eps"、"x0" 或 "v"。
     ``eta``       0 到 1，只有 "ddim" 可以不为 0；噪声取自 ``generator``。
+    ``spacing``   步号取法，见 ``timesteps``；缺省时 "pndm" 用 "leading"，另两种用 "trailing"。
     ``callback``  每步之后以 callback(i, t, x) 调用：第 i 步（从 0 数）从步号 t 走到了 x。
     """
     if method not in ("ddim", "pndm", "dpm++"):
@@ -155,7 +156,7 @@ def sample(s, denoise, x_T, steps, method="dpm++", kind="v", eta=0.0, spacing="t
         raise ValueError(f"eta 必须在 0 到 1 之间，收到 {eta!r}")
     if eta and method != "ddim":
         raise ValueError(f'{method} 是确定性的，eta 必须为 0，收到 {eta}；要随机采样请用 method="ddim"')
-    ts = check_path(s, steps, spacing)
+    ts = check_path(s, steps, spacing or ("leading" if method == "pndm" else "trailing"))
     ask = checked(denoise, x_T)
     walk = {
         "ddim": lambda: ddim(s, ask, x_T, ts, kind, eta, generator),
