@@ -47,17 +47,19 @@ def draw(unet, attrs, seed, **options):
 
 
 probe = world.ALL[torch.randint(150, (96,), generator=torch.Generator().manual_seed(99))]
-curve, clock, early = [], [0.0, 0.0], {}                       # 学习曲线；判分用掉的墙钟与 CPU 秒
+scratch = zhixing.scratch_path()                               # 构建被打断，下次从这里接着训
+notes = scratch / "notes.pt"
+seen_so_far = torch.load(notes) if notes.exists() else {"curve": {}, "early": None}
 
 
 def watch(step, _):
     if step + 1 == EARLY:
-        early.update({k: v.clone() for k, v in ema.model.state_dict().items()})
+        seen_so_far["early"] = {k: v.clone() for k, v in ema.model.state_dict().items()}
     if (step + 1) % 100 == 0:
-        wall, cpu = time.perf_counter(), time.process_time()
-        curve.append({"step": step + 1, **judge.score(draw(ema.model, probe, 5), probe)})
-        clock[0] += time.perf_counter() - wall
-        clock[1] += time.process_time() - cpu
+        begin = time.perf_counter()
+        seen_so_far["curve"][step + 1] = judge.score(draw(ema.model, probe, 5), probe)
+        torch.save(seen_so_far, notes)
+        judging.append(time.perf_counter() - begin)
 
 
 # %% [markdown]
@@ -71,20 +73,23 @@ def loss_fn(generator):
     return latents.diffusion_loss(lambda x, t: net(x, t, text, valid), sd.schedule, x0, generator)
 
 
-wall, cpu = time.perf_counter(), time.process_time()
-losses = train.fit(net, loss_fn, STEPS, train.muon(net, 0.02, 2e-3), generator=torch.Generator().manual_seed(SEED), ema=ema, watch=watch)
-zhixing.metric("train_wall_seconds", time.perf_counter() - wall - clock[0])
-zhixing.metric("train_cpu_seconds", time.process_time() - cpu - clock[1])
+judging, begin = [], time.perf_counter()
+losses = train.fit(
+    net, loss_fn, STEPS, train.muon(net, 0.02, 2e-3), generator=torch.Generator().manual_seed(SEED), ema=ema,
+    watch=watch, resume=scratch / "state.pt", save_every=100,
+)
+zhixing.metric("train_seconds", time.perf_counter() - begin - sum(judging))
 zhixing.metric("steps", STEPS)
 zhixing.metric("early_steps", EARLY)
 
 # %%
+curve = seen_so_far["curve"]
 fig, (ax, bx) = plt.subplots(1, 2, figsize=(8, 2.9))
 ax.plot(losses, lw=0.4, alpha=0.5)
 ax.plot(range(49, STEPS), losses.unfold(0, 50, 1).mean(1), color="C0")
 ax.set(xlabel="步数", ylabel="v 的均方误差", ylim=(0, 1.1))
 for key, name in {"place": "位置", "shape": "形状", "color": "颜色", "all": "全对"}.items():
-    bx.plot([0, *(c["step"] for c in curve)], [0, *(c[key] for c in curve)], marker=".", label=name, ls="--" if key == "all" else "-")
+    bx.plot([0, *curve], [0, *(point[key] for point in curve.values())], marker=".", label=name, ls="--" if key == "all" else "-")
 bx.set(xlabel="步数", ylabel="正确率", ylim=(0, 1.03))
 bx.legend()
 zhixing.figure("learning", fig)
@@ -97,7 +102,7 @@ zhixing.figure("learning", fig)
 # %%
 final, undertrained = zhixing.output_path("unet.safetensors"), zhixing.output_path("early.safetensors")
 pipeline.save_weights(ema.model, final)
-ema.model.load_state_dict(early)
+ema.model.load_state_dict(seen_so_far["early"])
 pipeline.save_weights(ema.model, undertrained)
 
 best = pipeline.load_weights(unet.UNet(), final).to(device)

@@ -27,15 +27,20 @@ class LatentData:
         self.rows = torch.tensor([
             [numbers.setdefault(world.caption(a, t), len(numbers)) for t in world.TEMPLATES] for a in scenes.attrs
         ])                                                       # (N, 5)
-        self.text, self.valid = sd.encode(list(numbers))         # (M, L, D)、(M, L)
+        self.captions = list(numbers)
+        self.text, self.valid = sd.encode(self.captions)         # (M, L, D)、(M, L)
         self.share = torch.tensor([*world.TEMPLATES.values()])   # (5,)
 
-    def batch(self, size, generator):
-        """随机一批：潜变量 (B, 4, h, w)、文本特征 (B, L, D)、有效位 (B, L)。随机数在 CPU 上抽。"""
+    def draw(self, size, generator):
+        """随机一批的编号：场景 (B,)，以及它的描述在表里的行号 (B,)。随机数在 CPU 上抽。"""
         i = torch.randint(len(self.latent), (size,), generator=generator)
         template = torch.multinomial(self.share, size, replacement=True, generator=generator)
         row = self.rows[i, template]
-        row = torch.where(torch.rand(size, generator=generator) < self.drop, 0, row)
+        return i, torch.where(torch.rand(size, generator=generator) < self.drop, 0, row)
+
+    def batch(self, size, generator):
+        """随机一批：潜变量 (B, 4, h, w)、文本特征 (B, L, D)、有效位 (B, L)。"""
+        i, row = self.draw(size, generator)
         return self.latent[i], self.text[row], self.valid[row]
 
 

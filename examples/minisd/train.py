@@ -76,10 +76,10 @@ def fit(model, loss_fn, steps, optimizers, *, generator=None, ema=None, resume=N
         if ema is not None:
             ema.update(model)
         losses.append(loss.item())
-        if resume is not None and (step + 1) % save_every == 0:
-            _save(resume, parts, ema, generator, losses)
         if watch is not None:
             watch(step, model)
+        if resume is not None and (step + 1) % save_every == 0:
+            _save(resume, parts, ema, generator, losses)
     return torch.tensor(losses)
 # --8<-- [end:fit]
 
