@@ -220,8 +220,8 @@ def write_markdown(directory: Path, corpus: dict[str, list[Block]], info: Callab
         (directory / f"{name}.md").write_text(text, "utf-8")
 
 
-def write_questions(directory: Path, corpus: dict[str, list[Block]]) -> None:
-    """知行的题目页：带 front matter，画图的块写 ``fig``。"""
+def write_questions(directory: Path, corpus: dict[str, list[Block]], figures: bool = True) -> None:
+    """知行的题目页：带 front matter，画图的块写 ``fig``（没有引擎时不认这个选项，``figures=False`` 去掉它）。"""
     directory.mkdir(parents=True)
     for name, blocks in corpus.items():
         head = (
@@ -229,7 +229,7 @@ def write_questions(directory: Path, corpus: dict[str, list[Block]]) -> None:
             "tags: [合成语料]\nbrief: 只用来测速。\n"
             'questions:\n  - q: 结果对吗？\n    a: "#step-5"\nrefs: [合成语料]\n---\n'
         )
-        text = _markdown(name, blocks, lambda k, b: f'python fig="{b.fig}"' if b.fig else "python", head)
+        text = _markdown(name, blocks, lambda k, b: f'python fig="{b.fig}"' if b.fig and figures else "python", head)
         (directory / f"{name}.md").write_text(text, "utf-8")
 
 

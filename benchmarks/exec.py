@@ -403,7 +403,7 @@ def edit(path: Path, number: int) -> Callable[[], None]:
 def site_overhead(bench: Bench, pages: dict[str, list[corpus.Block]], pairs: int) -> list[dict]:
     """热构建：装引擎与不装引擎的同一个站点，交替跑。
 
-    不装：去掉钩子与 zhixing.page、zhixing.inline，公式照样在构建时渲染。
+    不装：页面相同（含 front matter），去掉钩子与 zhixing.page、zhixing.inline，公式照样在构建时渲染。
     全无：再去掉构建时的公式，只剩 MkDocs 与 Material。
     """
     with_engine = bench.work / OURS_SITE
@@ -414,7 +414,7 @@ def site_overhead(bench: Bench, pages: dict[str, list[corpus.Block]], pairs: int
         _site(directory)
         text = (directory / "mkdocs.yml").read_text("utf-8").replace("validation:", extension)
         (directory / "mkdocs.yml").write_text(text, "utf-8")
-        corpus.write_markdown(directory / "docs" / "basics", pages, lambda *_: "python")
+        corpus.write_questions(directory / "docs" / "basics", pages, figures=False)
     samples = []
     for pair in range(-1, pairs):  # 第 -1 对只预热
         order = list(variants) if pair % 2 else list(variants)[::-1]

@@ -8,8 +8,9 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
-from zhixing import links, notebook, pages, report
+from zhixing import links, notebook, pages, practice, pyodide, report
 from zhixing.blocks import front_matter_end
 from zhixing.cache import write_atomic
 from zhixing.context import current
@@ -26,6 +27,7 @@ class Build:
     def __init__(self, root: Path, checkpoints: bool) -> None:
         self.root = root
         self.engine = Engine(root, checkpoints=checkpoints)
+        self._loaded: Project | None = None
         self.for_print = bool(os.environ.get("ZHIXING_PRINT"))
 
     # ---- 开始：扫描、执行 ----
@@ -33,7 +35,8 @@ class Build:
     def start(self) -> None:
         """扫描全部内容并执行；内容错误先记着，等页面都渲染过再一起报。"""
         print("知行：核对代码块", flush=True)
-        self.project = Project.load(self.root)
+        # 导航刚载入过的这一次就用它，不扫描两遍
+        self.project, self._loaded = self._loaded or Project.load(self.root), None
         self.project.execute(self.engine, report.announce)
         self.problems: list[Problem] = self.project.problems
         self.pages: dict[str, Page] = {}
@@ -51,14 +54,18 @@ class Build:
 
     def nav(self) -> list:
         """导航：首页、各章、示例、关于。章内按难度再按 id 排。"""
-        return pages.nav(Project.load(self.root))
+        self._loaded = Project.load(self.root)
+        return pages.nav(self._loaded)
 
     def generated_pages(self) -> dict[str, str]:
         """由数据生成的页面：``docs/`` 内的路径 -> Markdown。"""
         return pages.generated(self.project)
 
-    def assets(self) -> dict[str, Path]:
+    def assets(self, offline: bool = False) -> dict[str, Path]:
         """从锁定版本的 npm 包复制进站点的文件。
+
+        Args:
+            offline: 这一份要能用 ``file://`` 打开（离线包）。
 
         Raises:
             FileNotFoundError: 前端资产还没安装。
@@ -69,7 +76,15 @@ class Build:
             raise FileNotFoundError("缺少前端资产：先运行 make assets")
         found = {"assets/katex/katex.min.css": katex / "katex.min.css"}
         found |= {f"assets/katex/fonts/{p.name}": p for p in sorted((katex / "fonts").glob("*.woff2"))}
+        self.practice = None
+        if any(any(practice.exercises(scan.blocks)) for scan in self.project.scans.values()):
+            self.practice = pyodide.pack(modules / "pyodide", self.root / ".cache" / "zhixing" / "pyodide", offline)
+            found |= self.practice.assets
         return found
+
+    def practice_settings(self) -> dict[str, Any] | None:
+        """练习页的脚本要知道的事；全站没有练习时为 None。"""
+        return self.practice and self.practice.settings()
 
     def write_notebooks(self) -> tuple[Path, list[str]]:
         """把每个示例的执行结果写成 ``.ipynb``；返回 ``(目录, 目录内的相对路径)``。"""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import contextlib
 import ctypes
-import doctest
 import faulthandler
 import io
 import json
@@ -529,6 +528,8 @@ class _Page:
         return process.returncode, where
 
     def _pycon(self, block: dict[str, Any]) -> None:
+        import doctest  # 只有 pycon 块要用；它要带进 unittest 与 pdb
+
         file, line = self._start(block)
         examples = doctest.DocTestParser().get_examples(block["source"])
         if not examples:
