@@ -36,11 +36,13 @@ def on_files(files, config):
         if content is not None:
             file.content_string = content
     try:
-        assets = b.assets()
+        offline = config.plugins.get("material/offline")
+        assets = b.assets(offline=bool(offline and offline.config["enabled"]))
     except FileNotFoundError as error:
         raise PluginError(str(error)) from None
     for uri, path in assets.items():
         files.append(File.generated(config, uri, abs_src_path=str(path)))
+    config.extra["practice"] = b.practice_settings()
     directory, notebooks = b.write_notebooks()
     for uri in notebooks:  # mkdocs-jupyter 要读真文件，所以不用 File.generated
         files.append(File(uri, str(directory), config.site_dir, config.use_directory_urls))

@@ -142,8 +142,7 @@ def _render(fences: Any, block: Block, options: dict[str, Any], md: Markdown, kw
             caption = f"<figcaption>{_caption(block.fig)}</figcaption>" if i == 0 else ""
             parts.append(f'<figure class="zx-figure">{images(figure, _plain(block.fig), page)}{caption}</figure>')
     if block.practice == practice.TESTS:
-        inside = "".join(parts)
-        return f'<details class="zx-block zx-tests" data-zx="{block.line}"><summary>测试代码</summary>{inside}</details>'
+        parts[0] = f'<details class="zx-tests"><summary>测试代码</summary>{parts[0]}</details>'
     if block.practice == practice.STARTER:
         entry = html.escape(practice.entry_of(block.source))
         return f'<div class="zx-block zx-practice" data-zx="{block.line}" data-entry="{entry}">{"".join(parts)}</div>'
