@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from zhixing import mutate, report
+from zhixing import mutate, practice, report
 from zhixing.errors import RULES
 from zhixing.project import Project
 from zhixing.questions import LEVELS, SECTIONS, Meta
@@ -40,10 +40,16 @@ def _questions(project: Project) -> str:
         lines += [f"## {SECTIONS[section]} {{#{section}}}", ""]
         for meta in metas:
             path = meta.file.removeprefix("docs/")
-            lines += [f"### [{meta.title}]({path}) {{#{meta.id}}}", "", f"{meta.level} · {meta.origin}", ""]
+            lines += [f"### [{meta.title}]({path}) {{#{meta.id}}}", "", f"{meta.level} · {meta.origin}{_mark(project, meta)}", ""]
             lines += [f"- [{q.ask}]({path}{q.answer})" for q in meta.questions]
             lines.append("")
     return "\n".join(lines)
+
+
+def _mark(project: Project, meta: Meta) -> str:
+    """有练习的题的标记；读者通过之后由脚本打勾。"""
+    keys = " ".join(f"{meta.id}/{e.entry}" for e in practice.exercises(project.scans[meta.file].blocks))
+    return f' · <span class="zx-mark" data-practice="{keys}">练习</span>' if keys else ""
 
 
 def _report(project: Project) -> str:
