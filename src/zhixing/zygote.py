@@ -48,7 +48,9 @@ def preload(module: str) -> None:
         plt.close(fig)
     if module == "torch":
         importlib.import_module("torch._dynamo")  # 首个优化器会惰性 import 它：0.7 秒
-        importlib.import_module("torch").set_num_threads(1)
+        torch = importlib.import_module("torch")
+        torch.set_num_threads(1)
+        torch.manual_seed(0)  # 连同加速器；页进程里只需再定一次 CPU 的
 
 
 class Child:
