@@ -14,14 +14,16 @@
 # 步号在代码里从 0 数到 $T-1$，对应论文的 $1$ 到 $T$。
 
 # %%
+import inspect
 import time
 
 import matplotlib.pyplot as plt
 import torch
-from torch import nn
+from safetensors.torch import save_file
 
 import zhixing
 from minisd import schedule, toy2d
+from minisd.denoiser2d import Denoiser
 
 torch.set_num_threads(1)
 torch.manual_seed(0)
@@ -88,36 +90,10 @@ zhixing.figure("forward", fig)
 # %% [markdown]
 # ## 网络：一个认识步号的小 MLP
 #
-# 输入是 $x_t$ 和步号 $t$，输出与 $x_t$ 同形状的噪声估计 $\varepsilon_\theta(x_t,t)$。坐标与步号都先展开成正弦特征：坐标需要高频才画得出鱼眼那样的细节，步号需要让每一层都知道“现在有多吵”。
+# 输入是 $x_t$ 和步号 $t$，输出与 $x_t$ 同形状的噪声估计 $\varepsilon_\theta(x_t,t)$。坐标与步号都先展开成正弦特征：坐标需要高频才画得出鱼眼那样的细节，步号需要让每一层都知道“现在有多吵”。网络单独放在 `minisd/denoiser2d.py`，因为 DDIM 的示例要用同一个网络、同一份权重：
 
 # %%
-def waves(x, freq):
-    """正弦特征：x (B, D)，freq (F,) → (B, 2·D·F)。"""
-    u = (x[:, :, None] * freq).flatten(1)                          # (B, D·F)
-    return torch.cat([u.sin(), u.cos()], 1)
-
-
-class Denoiser(nn.Module):
-    """ε_θ(x_t, t)：x_t (B, 2)，t (B,) → (B, 2)。knows_time=False 时抹掉步号。"""
-
-    def __init__(self, width=96, depth=3, knows_time=True):
-        super().__init__()
-        self.knows_time = knows_time
-        self.register_buffer("freq_x", torch.tensor([1.0, 2.0, 4.0, 8.0]))
-        self.register_buffer("freq_t", 10000.0 ** (-torch.arange(16) / 16))
-        self.enter = nn.Linear(2 + 2 * 2 * 4 + 2 * 16, width)
-        self.body = nn.ModuleList(nn.Linear(width, width) for _ in range(depth))
-        self.time = nn.ModuleList(nn.Linear(2 * 16, width) for _ in range(depth))
-        self.leave = nn.Linear(width, 2)
-
-    def forward(self, x, t):
-        e = waves(t[:, None].float(), self.freq_t)                 # (B, 32) 时间嵌入
-        if not self.knows_time:
-            e = torch.zeros_like(e)
-        h = self.enter(torch.cat([x, waves(x, self.freq_x), e], 1))   # (B, width)
-        for body, time_proj in zip(self.body, self.time):
-            h = h + body(nn.functional.silu(h + time_proj(e)))     # 每层都加一次时间
-        return self.leave(nn.functional.silu(h))                   # (B, 2)
+print(inspect.getsource(Denoiser.forward))
 
 
 # %% [markdown]
@@ -160,6 +136,7 @@ zhixing.metric("final_loss", final_loss)
 zhixing.metric("train_steps", len(losses))
 zhixing.metric("train_seconds", seconds)
 zhixing.metric("params", sum(p.numel() for p in net.parameters()))
+save_file(net.state_dict(), zhixing.output_path("net.safetensors"))      # DDIM 的示例接着用，不再训练
 
 # %% [markdown]
 # ## 损失为什么降不到 0
