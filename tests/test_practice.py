@@ -156,6 +156,12 @@ def test_slow_solution_hits_the_time_limit(site, engine) -> None:
     assert [p.code for p in run(site, engine, page).problems] == ["R304"]
 
 
+def test_tests_too_slow_for_a_browser(site, engine) -> None:
+    slow = "import time\n\n\ndef check(solution):\n    end = time.process_time() + 1.7\n    while time.process_time() < end:\n        pass"
+    (problem,) = run(site, engine, GOOD.replace("def check(solution):", slow)).problems
+    assert (problem.line, problem.code) == (11, "P705") and "1.5 秒" in problem.reason
+
+
 def test_code_may_be_included_from_a_file(site, engine) -> None:
     site.write("examples/kata.py", "# --8<-- [start:tests]\ndef check(solution):\n    assert solution(3) == 7\n# --8<-- [end:tests]\n")
     included = '```python practice="tests" solution="double"\n--8<-- "examples/kata.py:tests"\n```\n'

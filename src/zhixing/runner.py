@@ -44,7 +44,8 @@ class BlockTimeout(BaseException):
     """代码块超时；继承 BaseException 以免被用户的 ``except Exception`` 吞掉。"""
 
 
-_FAILURES = {"Mismatch": "R302", "OutputTooLarge": "R308", "UnknownSolution": "P702", "SolutionFails": "P703", "StarterPasses": "P704"}
+_FAILURES = {"Mismatch": "R302", "OutputTooLarge": "R308", "UnknownSolution": "P702", "SolutionFails": "P703", "StarterPasses": "P704", "TooSlow": "P705"}
+MAX_PRACTICE = 1.5  # 参考解跑完练习的测试最多用多少秒 CPU：浏览器里慢几倍，读者的限时是 10 秒
 
 
 class Failure(Exception):
@@ -439,7 +440,7 @@ class _Page:
         file, line = self._start(block)
         if block["solution"] not in self.globals:
             raise Failure("UnknownSolution", f"本页到这里还没有定义 {block['solution']!r}", file, line - 1)
-        trial = judge.Trial()
+        trial, start = judge.Trial(), time.process_time()
         try:
             judge.examine(block["source"], self.globals[block["solution"]], file, line, trial)
         except Exception as error:
@@ -452,6 +453,9 @@ class _Page:
             known = [f"{label}：{case[k]}" for k, label in (("input", "输入"), ("expected", "期望"), ("actual", "实际")) if case[k]]
             detail = "\n".join([reason.replace("\n", " ")[:500], *known, described["detail"]])
             raise Failure("SolutionFails", detail, described["file"], described["line"]) from error
+        if (spent := time.process_time() - start) > MAX_PRACTICE:
+            reason = f"{block['solution']} 跑完测试用了 {spent:.1f} 秒 CPU，上限 {MAX_PRACTICE:g} 秒"
+            raise Failure("TooSlow", reason, file, line - 1)
 
     def _check_starter(self, starter: dict[str, Any], block: dict[str, Any]) -> None:
         file, line = self._start(block)

@@ -186,7 +186,7 @@ zhixing.Runtime = class extends EventTarget {
   async _start() {
     const source = new Blob([`(${zhixing.inWorker})()`], { type: "text/javascript" });
     const url = URL.createObjectURL(source);
-    this.worker = new Worker(url);
+    this.worker = new zhixing.Worker(url); // 真的 Worker（见 overrides/main.html）
     const { lock, judge } = this.settings;
     try {
       await this._ask({ type: "start", files: this.files, lock, judgeSource: judge }, 120);

@@ -91,7 +91,10 @@
         });
         this._showResult(result);
       } catch (error) {
-        if (!(error instanceof zhixing.Interrupted)) throw error;
+        if (!(error instanceof zhixing.Interrupted)) {
+          this._show("fail", `练习的脚本出错了，请刷新再试。（${error}）`);
+          throw error;
+        }
         this._showInterrupted(error);
       } finally {
         this.bar.hidden = true;
@@ -127,7 +130,7 @@
 
     _paintPassed(passed) {
       if (!passed) return;
-      this.state.textContent = "✓ 通过过";
+      this.state.textContent = "✓ 已通过";
       this.state.title = `第一次通过：${new Date(passed).toLocaleString("zh-CN")}`;
     }
 
