@@ -142,35 +142,39 @@ def mutate(args: argparse.Namespace) -> int:
     """把代码改坏一处，报告没有断言发现的改动。"""
     from zhixing import mutate as mutation
 
+    if args.record and args.sample is not None:
+        raise UsageError("--record 只记全部变异的结果，不能与 --sample 同用")
     root = find_root()
     project = _load(root, args.page)
     project.keep_examples(set())
+    try:
+        unused = mutation.unused_equivalents(project)
+    except ValueError as error:
+        raise UsageError(str(error)) from None
+    for file, code, change in unused:
+        print(f"{mutation.EQUIVALENTS}: 用不上的登记：{file} 的 {code!r}：{change}（代码改过就删掉或改写）", flush=True)
+
+    def show(verdict: mutation.Verdict) -> None:
+        for mutant in verdict.survivors:
+            print(f"{mutant.file}:{mutant.line}: 幸存 {mutant.what}")
+        print(
+            f"{verdict.file}：{verdict.total} 个变异，杀死 {verdict.rate:.0%}，"
+            f"幸存 {len(verdict.survivors)}，登记为等价 {verdict.equivalent}",
+            flush=True,  # 一页查完就看得到，不等全部
+        )
+
     engine = Engine(root, workers=args.jobs)
     try:
-        project.execute(engine)
+        project.execute(engine, report.announce)
         if project.problems:
             report.print_problems(project.problems)
             return 1
-        verdicts = mutation.run(
-            project, engine, sample=args.sample, seed=args.seed, progress=lambda f: print(f"  ✓ {f}", file=sys.stderr)
-        )
+        verdicts = mutation.run(project, engine, sample=args.sample, seed=args.seed, progress=show)
     finally:
         engine.close()
     if args.record:
-        if args.sample is not None:
-            raise SystemExit("zhixing: --record 只记全部变异的结果，不能与 --sample 同用")
         mutation.record(project, verdicts)
-    for verdict in verdicts:
-        for mutant in verdict.survivors:
-            print(f"{mutant.file}:{mutant.line}: 幸存 {mutant.what}")
-    low = False
-    for verdict in verdicts:
-        low |= verdict.rate < args.require
-        print(
-            f"{verdict.file}：{verdict.total} 个变异，杀死 {verdict.rate:.0%}，"
-            f"幸存 {len(verdict.survivors)}，登记为等价 {verdict.equivalent}"
-        )
-    return 1 if low else 0
+    return 1 if unused or any(verdict.rate < args.require for verdict in verdicts) else 0
 
 
 def new(args: argparse.Namespace) -> int:

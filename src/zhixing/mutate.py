@@ -13,7 +13,8 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator
 from concurrent.futures import as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +28,7 @@ from zhixing.cache import file_hash, write_atomic
 from zhixing.execute import Engine, Unit, execute_job
 from zhixing.project import Project
 
+EQUIVALENTS = Path("tests/equivalent-mutants.yml")
 _SWAP: dict[type, type] = {
     ast.Add: ast.Sub,
     ast.Sub: ast.Add,
@@ -53,6 +55,12 @@ _STRIP = {"sqrt", "rsqrt", "exp", "log", "abs", "softmax", "log_softmax", "sigmo
           "flip", "sort", "sorted", "cumsum", "cumprod", "normalize", "no_grad", "reversed", "set"}  # fmt: skip
 _COMMON = {*dir(builtins), "torch", "np", "numpy", "nn", "F", "plt", "math", "random", "ax", "fig", "axes", "t", "i", "k", "_",
            "re", "itertools", "time", "os", "sys"}  # fmt: skip
+# 负的轴与下标：-1 改成 1，在只有两维、两个元素时等价，报出来全是噪声；改成一定不同的另一个
+_AXIS_NAMES = {"dim", "axis", "dims", "axes", "dim0", "dim1"}
+_AXIS_CALLS = {"sum", "mean", "std", "var", "prod", "max", "min", "amax", "amin", "argmax", "argmin", "any", "all", "norm", "size",
+               "softmax", "log_softmax", "logsumexp", "cumsum", "cumprod", "sort", "argsort", "topk", "median", "squeeze", "unsqueeze",
+               "flatten", "transpose", "swapaxes", "cat", "stack", "concatenate", "chunk", "split", "gather", "normalize", "flip",
+               "expand_dims", "diff", "take_along_axis", "unbind", "roll", "movedim"}  # fmt: skip
 _PLOTTING = {"plt", "ax", "axes", "fig", "axs", "left", "right", "zhixing"}
 _IGNORED_CALLS = {"manual_seed", "seed", "default_rng", "Generator", "print", "set_num_threads", "figure", "metric"}
 
@@ -105,7 +113,7 @@ def _targets(tree: ast.AST) -> Iterator[tuple[Any, Any, str]]:
         elif isinstance(node, ast.BoolOp):
             yield node, parent, "op"
         elif isinstance(node, ast.UnaryOp) and isinstance(node.op, (ast.USub, ast.Not)):
-            yield node, parent, "unary"
+            yield node, parent, _negative(node, parent)
         elif isinstance(node, ast.Constant) and _is_number(node.value) and isinstance(
             parent, (ast.BinOp, ast.Compare, ast.Subscript, ast.Slice)
         ):
@@ -120,6 +128,17 @@ def _targets(tree: ast.AST) -> Iterator[tuple[Any, Any, str]]:
             yield node, parent, "delete"
         children = list(ast.iter_child_nodes(node))
         stack += [(child, node) for child in reversed(children)]
+
+
+def _negative(node: ast.UnaryOp, parent: ast.AST) -> str:
+    """一元运算怎么改：负的轴 ``axis``，负的下标 ``index``，其余去掉运算符。"""
+    if not isinstance(node.op, ast.USub) or not isinstance(node.operand, ast.Constant) or type(node.operand.value) is not int:
+        return "unary"
+    if isinstance(parent, ast.keyword) and parent.arg in _AXIS_NAMES:
+        return "axis"
+    if isinstance(parent, ast.Call) and _called(parent) in _AXIS_CALLS and node in parent.args:
+        return "axis"
+    return "index" if isinstance(parent, (ast.Subscript, ast.Slice, ast.Tuple)) else "unary"
 
 
 def _untouchable(node: ast.AST) -> bool:
@@ -170,6 +189,11 @@ def _apply(node: Any, parent: Any, kind: str) -> ast.AST | None:
         return node
     if kind == "unary":
         return _replace(parent, node, node.operand)
+    if kind == "axis":
+        return _replace(parent, node, ast.Constant(0))
+    if kind == "index":
+        node.operand.value += 1
+        return node
     if kind == "strip":
         inner = node.args[0] if node.args and not (
             isinstance(node.func, ast.Attribute) and _root(node.func) not in ("math", "np", "torch", "F", "nn")
@@ -302,25 +326,79 @@ def load_equivalents(root: Path) -> dict[tuple[str, str, str], str]:
     """登记过的等价变异：``(文件, 所在行的代码, 改动说明) -> 理由``。
 
     Raises:
-        ValueError: 某条没写理由。
+        ValueError: 不是合法的 YAML，或某条缺字段、没写理由、重复。
     """
-    path = root / "tests" / "equivalent-mutants.yml"
+    path = root / EQUIVALENTS
     if not path.is_file():
         return {}
+    try:
+        items = yaml.safe_load(path.read_text("utf-8")) or []
+    except yaml.YAMLError as error:
+        raise ValueError(f"{EQUIVALENTS} 不是合法的 YAML：{error}") from None
     table = {}
-    for item in yaml.safe_load(path.read_text("utf-8")) or []:
-        if not item.get("reason"):
-            raise ValueError(f"{path.name}：{item} 没写理由")
-        table[item["file"], item["code"].strip(), item["change"]] = item["reason"]
+    for item in items if isinstance(items, list) else [items]:
+        fields = ("file", "code", "change", "reason")
+        if not isinstance(item, dict) or set(item) != {*fields} or not all(isinstance(v, str) and v.strip() for v in item.values()):
+            raise ValueError(f"{EQUIVALENTS}：每条应有文字 {'、'.join(fields)}，得到 {item!r}")
+        key = (item["file"], item["code"].strip(), item["change"].strip())
+        if key in table:
+            raise ValueError(f"{EQUIVALENTS}：重复登记 {key}")
+        table[key] = item["reason"]
     return table
 
 
+def unused_equivalents(project: Project) -> list[tuple[str, str, str]]:
+    """这些页面与它们 import 的模块里，登记了、却没有生成这个变异的（代码改过，或写错了）。"""
+    registered = load_equivalents(project.root)
+    units = {unit.file: unit for unit in project.units() if unit.kind == "page"}
+    modules = {m for unit in units.values() for m in _modules(unit, project.root)}
+    unused = []
+    for file, code, change in registered:
+        if file in units:
+            made = collect(units[file], project.root, modules=False)
+        elif file in modules:
+            source = (project.root / file).read_text("utf-8")
+            made = [Mutant(file, line, what, "") for line, what, _ in mutants_of(source)]
+        elif (project.root / file).is_file():
+            continue  # 这次没有查到它
+        else:
+            made = []
+        known = {(m.file, m.what) for m in made if m.file == file and _code_at(project.root, m) == code}
+        if (file, change) not in known:
+            unused.append((file, code, change))
+    return unused
+
+
+def _modules(unit: Unit, root: Path) -> set[str]:
+    """页面的 Python 块（传递地）import 的本地模块。"""
+    found: set[str] = set()
+    stack = [b.source for b in unit.blocks if b.lang == "python"]
+    while stack:
+        try:
+            fresh = _local_imports(stack.pop(), root) - found
+        except SyntaxError:
+            continue
+        found |= fresh
+        stack += [(root / module).read_text("utf-8") for module in fresh]
+    return found
+
+
+def _code_at(root: Path, mutant: Mutant) -> str:
+    return (root / mutant.file).read_text("utf-8").split("\n")[mutant.line - 1].strip()
+
+
 def _registered(mutant: Mutant, equivalents: dict[tuple[str, str, str], str], root: Path) -> bool:
-    code = (root / mutant.file).read_text("utf-8").split("\n")[mutant.line - 1].strip()
-    return (mutant.file, code, mutant.what) in equivalents
+    return (mutant.file, _code_at(root, mutant), mutant.what) in equivalents
 
 
-def run(project: Project, engine: Engine, *, sample: int | None, seed: int = 0, progress=lambda _: None) -> list[Verdict]:
+def run(
+    project: Project,
+    engine: Engine,
+    *,
+    sample: int | None,
+    seed: int = 0,
+    progress: Callable[[Verdict], None] = lambda _: None,
+) -> list[Verdict]:
     """对每一页做变异检查。
 
     同一页的变异共用前缀：页进程跑到第 k 块之前，为第 k 块的每个变异 fork 一份现场，
@@ -328,6 +406,7 @@ def run(project: Project, engine: Engine, *, sample: int | None, seed: int = 0, 
 
     Args:
         sample: 每页最多抽多少个变异；None 为全部。
+        progress: 每一页查完时调用。
     """
     equivalents = load_equivalents(project.root)
     futures = {}
@@ -366,6 +445,7 @@ def run(project: Project, engine: Engine, *, sample: int | None, seed: int = 0, 
                 ],
             }
             futures[engine.executor.submit(execute_job, job_group)] = (scan.file, group, len(skipped) if not module else 0)
+    left = Counter(file for file, *_ in futures.values())
     survivors: dict[str, list[Mutant]] = {}
     totals: dict[str, int] = {}
     equal: dict[str, int] = {}
@@ -377,22 +457,23 @@ def run(project: Project, engine: Engine, *, sample: int | None, seed: int = 0, 
         survivors.setdefault(file, []).extend(group[i] for i in payload["survived"])
         totals[file] = totals.get(file, 0) + len(group) - len(payload["idle"])
         equal[file] = equal.get(file, 0) + skipped
-        progress(file)
-    for file in sorted(totals):
-        order = sorted(survivors[file], key=lambda m: (m.file, m.line))
-        verdicts.append(Verdict(file, totals[file], order, equal[file], fingerprint(project, file)))
-    return verdicts
+        left[file] -= 1
+        if not left[file]:  # 这一页的几组都查完了
+            order = sorted(survivors[file], key=lambda m: (m.file, m.line))
+            verdicts.append(Verdict(file, totals[file], order, equal[file], fingerprint(project, file)))
+            progress(verdicts[-1])
+    return sorted(verdicts, key=lambda verdict: verdict.file)
 
 
 RECORD = Path("tests/mutation.json")
 
 
 def fingerprint(project: Project, file: str) -> str:
-    """页面代码与它 import 的本地模块的指纹：变了，记录就过期了。"""
-    blocks = [b for b in project.scans[file].blocks if b.runs and b.lang == "python"]
-    modules = sorted({m for b in blocks for m in _local_imports(b.source, project.root)})
-    content = [[b.source + b.solution for b in blocks], [file_hash(project.root / m) for m in modules]]
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
+    """页面的代码、声明与它（传递地）import 的本地模块的指纹：变了，记录就过期了。"""
+    unit = Unit(file, [b for b in project.scans[file].blocks if b.runs])
+    blocks = [[b.lang, b.source, b.solution, _declared(b)] for b in unit.blocks]
+    modules = {m: file_hash(project.root / m) for m in _modules(unit, project.root)}
+    return hashlib.sha256(json.dumps([blocks, modules], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def record(project: Project, verdicts: list[Verdict]) -> None:

@@ -90,7 +90,7 @@ def _mutation(project: Project, file: str, result: dict | None) -> str:
     if result is None or not result["total"]:
         return "— | —"
     if result["fingerprint"] != mutate.fingerprint(project, file):
-        return f"{result['total']} | 代码改过，待重测"
+        return f"{result['total']} | 记录之后改过，待重测"
     return f"{result['total']} | {1 - len(result['survived']) / result['total']:.0%}"
 
 
