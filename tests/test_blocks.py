@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import re
 from pathlib import Path
 
 import markdown
@@ -62,12 +64,12 @@ def render(found: blocks.Scan) -> tuple[Page, links.Rendered]:
     page = Page(found.file, found.text, "../", list(found.problems), None, blocks={b.line: b for b in found.blocks}, offset=offset)
     token = current.set(page)
     try:
-        html = markdown.markdown(
+        text = markdown.markdown(
             body, extensions=list(SITE), extension_configs={k: v for k, v in SITE.items() if v}
         )
     finally:
         current.reset(token)
-    return page, links.Rendered(found.file, "p/", found.text, html)
+    return page, links.Rendered(found.file, "p/", found.text, text)
 
 
 # (名字, 页面, [(行号, 语言, 代码)])
@@ -200,6 +202,22 @@ def test_code_the_reader_sees_differently_is_noticed(root, content, missing, str
     _, rendered = render(found)
     assert {b.line for b in found.blocks} - rendered.blocks == missing
     assert rendered.strays == strays
+
+
+@pytest.mark.parametrize(
+    ("content", "copied"),
+    [
+        ('```console\n$ echo "a" \\\n> && ls <b>\na\n$ true\n```\n', 'echo "a" \\\n&& ls <b>\ntrue'),
+        ("```pycon\n>>> for i in range(2):\n...     print(i)\n...\n0\n1\n>>> 1\n1\n```\n", "for i in range(2):\n    print(i)\n\n1"),
+        ("```python\nx = 1\n```\n", None),
+        ("```bash\nls\n```\n", None),
+    ],
+    ids=["console", "pycon", "python", "bash"],
+)
+def test_copying_a_session_copies_only_the_commands(root, content, copied) -> None:
+    _, rendered = render(scan(root, content))
+    found = re.findall(r'data-copy="([^"]*)"', rendered.html)
+    assert [html.unescape(text) for text in found] == ([] if copied is None else [copied])
 
 
 def test_include_reports_original_location(root) -> None:

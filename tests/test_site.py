@@ -286,6 +286,21 @@ def test_code_and_followups_are_reachable(visits, mode):
 # ---- 交互 ----
 
 
+def test_copying_a_console_block_leaves_out_prompts_and_output(web, browser):
+    with Reader(browser, web, **MODES["light"], permissions=["clipboard-read", "clipboard-write"]) as reader:
+        tab = reader.open("system/linux-find/")
+        block = tab.locator("[data-copy]").first
+        shown = block.locator("pre > code").inner_text()
+        assert "$ " in shown
+        block.hover()
+        tab.evaluate("navigator.clipboard.writeText('')")
+        block.locator("button[data-md-type=copy]").first.click()
+        tab.wait_for_function("async () => (await navigator.clipboard.readText()) !== ''")
+        copied = tab.evaluate("navigator.clipboard.readText()").split("\n")
+        commands = [line[2:] for line in shown.split("\n") if line[:2] in ("$ ", "> ")]
+        assert copied == commands and len(shown.strip().split("\n")) > len(commands)
+
+
 def test_copy_button_copies_the_code(web, browser):
     with Reader(browser, web, **MODES["light"], permissions=["clipboard-read", "clipboard-write"]) as reader:
         for page in ("leetcode/lc-209/", next(p for p in web.pages if p.startswith("examples/"))):

@@ -22,6 +22,7 @@ from zhixing.formula import FormulaError
 from zhixing.formula import render as render_formula
 from zhixing.inline import images
 from zhixing.questions import Meta
+from zhixing.runner import parse_console
 
 _CAPTION = re.compile(r"\$([^$]+)\$|`([^`]+)`")
 
@@ -147,7 +148,17 @@ def _render(fences: Any, block: Block, options: dict[str, Any], md: Markdown, kw
         entry = html.escape(practice.entry_of(block.source))
         return f'<div class="zx-block zx-practice" data-zx="{block.line}" data-entry="{entry}">{"".join(parts)}</div>'
     kind = " zx-expected" if block.bound else ""
-    return f'<div class="zx-block{kind}" data-zx="{block.line}">{"".join(parts)}</div>'
+    copy = f' data-copy="{html.escape(commands)}"' if (commands := _commands(block)) else ""
+    return f'<div class="zx-block{kind}" data-zx="{block.line}"{copy}>{"".join(parts)}</div>'
+
+
+def _commands(block: Block) -> str:
+    """终端与交互会话里读者要复制的只有命令，不含提示符与输出；Material 的复制按钮认 ``data-copy``。"""
+    if block.lang == "console":
+        return "\n".join(command for _, command, _ in parse_console(block.source))
+    if block.lang == "pycon":
+        return "\n".join(re.findall(r"^(?:>>>|\.\.\.) ?(.*)$", block.source, re.M)).rstrip()
+    return ""
 
 
 def _highlight(fences: Any, src: str, language: str, options: dict[str, Any], md: Markdown, kwargs: Any) -> str:
