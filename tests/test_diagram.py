@@ -271,3 +271,19 @@ def test_label_text_survives(text: str) -> None:
     assert ctx.problems == []
     shown = labels(figure).replace("|", " ").split()
     assert set(re.findall(r"[甲乙丙]+", text)) <= set(re.findall(r"[甲乙丙]+", " ".join(shown)))
+
+
+def test_without_merman_the_error_says_what_to_do(monkeypatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "merman", None)
+    monkeypatch.delenv("ZHIXING_DIAGRAMS", raising=False)
+    context = PageContext("docs/a.md", "正文\n\n```mermaid\nflowchart LR\n  a --> b\n```\n", "", [], None)
+    assert "a --&gt; b" in diagram.render("flowchart LR\n  a --> b", line=3, ctx=context)
+    (problem,) = context.problems
+    assert (problem.line, problem.code) == (3, "M403") and "没有装 merman" in problem.reason and "ZHIXING_DIAGRAMS" in problem.reason
+
+
+def test_without_merman_diagrams_can_be_shown_as_source(monkeypatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "merman", None)
+    monkeypatch.setenv("ZHIXING_DIAGRAMS", "source")
+    context = PageContext("docs/a.md", "", "", [], None)
+    assert "a --&gt; b" in diagram.render("flowchart LR\n  a --> b", line=3, ctx=context) and context.problems == []

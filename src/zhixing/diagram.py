@@ -11,6 +11,8 @@ import hashlib
 import html
 import json
 import math
+import os
+import platform
 import re
 from collections import Counter
 from functools import lru_cache
@@ -88,14 +90,17 @@ def render(source: str, *, line: int = 0, ctx: PageContext | None = None) -> str
         ctx: 页面上下文，缺省取当前页。
 
     Returns:
-        图有错时返回源码的 ``<pre>``，错误（M403）登记在上下文里。
+        图有错或没有装 merman 时返回源码的 ``<pre>``，错误（M403）登记在上下文里；
+        环境变量 ``ZHIXING_DIAGRAMS=source`` 表示没有 merman 也照样构建，图以源码显示。
 
     Raises:
         ContentError: 图有错，且没有上下文可登记。
     """
-    import merman
-
     ctx = ctx or current.get()
+    try:
+        import merman
+    except ImportError:
+        return _without_merman(source, line, ctx)
     for_print = bool(ctx and ctx.for_print)
     diagram_id = _diagram_id(source, ctx)
     try:
@@ -106,6 +111,18 @@ def render(source: str, *, line: int = 0, ctx: PageContext | None = None) -> str
     _check_contrast(source, line, ctx)
     label = html.escape(_alt(source, svg))
     return f'<figure class="zx-diagram" role="img" aria-label="{label}">{_adapt(svg, diagram_id, for_print)}</figure>'
+
+
+def _without_merman(source: str, line: int, ctx: PageContext | None) -> str:
+    if os.environ.get("ZHIXING_DIAGRAMS") == "source":
+        return f'<pre class="zx-diagram-source"><code>{html.escape(source)}</code></pre>'
+    machine = f"{platform.system()} {platform.machine()}"
+    reason = (
+        f"这台机器（{machine}）没有装 merman。Linux 上它只有 x86-64、glibc 2.35 以上的轮子；"
+        "换一台机器构建，或设环境变量 ZHIXING_DIAGRAMS=source，先以源码显示图"
+    )
+    report("M403", reason, line=line, ctx=ctx)
+    return f'<pre class="zx-error"><code>{html.escape(source)}</code></pre>'
 
 
 def _diagram_id(source: str, ctx: PageContext | None) -> str:
