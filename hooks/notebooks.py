@@ -4,7 +4,7 @@ from pathlib import Path, PurePosixPath
 
 from mkdocs.structure.toc import get_toc
 from pymdownx.slugs import slugify
-from zhixing import build
+from zhixing import build, notebook
 
 
 def on_page_content(html, page, config, files):
@@ -16,3 +16,7 @@ def on_page_content(html, page, config, files):
     html, tokens = b.finish_notebook(path.stem, html, slugify(case="lower"))
     page.toc = get_toc(tokens)
     return html
+
+
+def on_post_page(output, page, config):
+    return notebook.squeeze(output) if page.file.src_uri.endswith(".ipynb") else output

@@ -222,6 +222,54 @@ def test_bad_formula_points_to_its_line(site) -> None:
     assert sorted((p.line, p.code) for p in problems) == [(12, "M401"), (14, "M402")]
 
 
+def test_finish_html_is_small_and_loses_nothing() -> None:
+    code = (
+        '<div class="jp-Cell"><div class="CodeMirror cm-s-jupyter">\n<div class="highlight-ipynb hl-python"><pre><span></span>'
+        '<span class="kn">import</span> <span class="nn">a</span>\n<span class="n">x</span> <span class="o">=</span> '
+        '<span class="s2">&quot;</span><span class="s2">b </span><span class="s2">c&quot;</span> <span class="c1"># 注 &lt;/i&gt;</span>\n'
+        "</pre></div>\n</div></div><div><p>甲</p></div><div class=\"keep\"><div>乙</div></div>"
+    )
+    html, _ = notebook.finish_html(code, [], slugify())
+    assert html.split() == (
+        '<div class="language-python highlight"><pre><code><i class=kn>import</i> <i class=nn>a</i>\n'
+        'x = <i class=s2>&quot;b c&quot;</i> <i class=c1># 注 &lt;/i&gt;</i>\n</code></pre></div> <p>甲</p> <div class="keep">乙 </div>'
+    ).split()
+
+    def text(page: str) -> str:
+        return "".join(re.sub(r"<[^>]+>", "", page).split())
+
+    assert text(html) == text(code)
+
+
+def test_squeeze_keeps_what_the_reader_sees() -> None:
+    page = (
+        '<!doctype html>\n<p class="a b"\n   title="x">  一\n\n   二 <b>三</b> 四 <!-- 注 --></p>\n'
+        "<pre>\n  x = \"1\"\n\n</pre> <a href=\"u/\" class=\"c\">链</a><img alt=\"\" src=\"p.svg\"/><i data-x='a=\"b\" c'></i>"
+        '<script id="q">\n  var a = "<b  class=\\"d\\">";\n</script><span style="top:1em;">　</span><a title="&quot;x;&quot;" href=y>z</a>'
+    )
+    small = notebook.squeeze(page)
+    from html.parser import HTMLParser
+
+    class Events(HTMLParser):
+        def __init__(self, text: str) -> None:
+            super().__init__()
+            self.seen: list = []
+            self.feed(text)
+
+        def handle_starttag(self, tag, attrs):
+            self.seen.append((tag, [(k, v.rstrip(";") if k == "style" else v) for k, v in attrs]))
+
+        def handle_data(self, data):
+            raw = self.seen and self.seen[-1][0] in ("pre", "script")
+            self.seen.append(data if raw else " ".join(data.split()))
+
+    def seen(text: str) -> list:
+        return [event for event in Events(text).seen if event != ""]
+
+    assert seen(small) == seen(re.sub(r"<!--.*?-->", "", page)) and len(small) < len(page) - 20
+    assert notebook.squeeze(small) == small
+
+
 def test_finish_html_fixes_headings_and_styles() -> None:
     body = (
         '<style>a{}</style><script src="x"></script><link rel="y">'

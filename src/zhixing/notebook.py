@@ -210,8 +210,13 @@ _UNSKIN = [
         r'<div class="highlight-ipynb hl-python"><pre>(.*?)</pre></div>',
         r'<div class="language-python highlight"><pre><code>\1</code></pre></div>',
     ),
-    (r'<(div|a) class="jp-[^"]*"[^>]*>', r"<\1>"),
-    (r'<span class="[nwp]">([^<]*)</span>', r"\1"),  # 名字、空白、标点没有自己的颜色
+    (r'<(div|a) class="(?:jp-|CodeMirror)[^"]*"[^>]*>', r"<\1>"),
+    (r'<span(?: class="[nwpo]")?>([^<]*)</span>', r"\1"),  # 名字、空白、标点、运算符用正文的颜色
+    (
+        r'<span class="(\w+)">[^<]*(?:</span>\s*<span class="\1">[^<]*)+</span>',  # 相邻同类的合成一个
+        lambda m: re.sub(r'</span>(\s*)<span class="\w+">', r"\1", m[0]),
+    ),
+    (r'<span class="(\w{1,3})">([^<]*)</span>', r"<i class=\1>\2</i>"),  # 高亮占一半体积：短的标签
     (r"<pre>(?!<code>)(.*?)</pre>", r"<pre><code>\1</code></pre>"),  # 文字输出
 ]
 
@@ -224,6 +229,7 @@ def finish_html(body: str, formulas: list[str], slugify: Callable[[str, str], st
     """
     for pattern, replacement in _UNSKIN:
         body = re.sub(pattern, replacement, body, flags=re.S)
+    body = _unwrap(body)
     for i, formula in enumerate(formulas):
         body = body.replace(f"<p>{_TOKEN.format(i)}</p>", formula).replace(_TOKEN.format(i), formula)
     tokens: list[dict] = []
@@ -244,6 +250,38 @@ def finish_html(body: str, formulas: list[str], slugify: Callable[[str, str], st
 
     body = re.sub(r"<h(?P<level>[1-6])[^>]*>(?P<inner>.*?)</h(?P=level)>", heading, body, flags=re.S)
     return body, _nest(tokens)
+
+
+def _unwrap(body: str) -> str:
+    """去掉没有属性的 ``<div>``：皮肤换掉以后，它们只剩层层包装。"""
+    parts = re.split(r"(<div[^>]*>|</div>)", body)
+    kept: list[bool] = []
+    for i in range(1, len(parts), 2):
+        if parts[i] != "</div>":
+            kept.append(parts[i] != "<div>")
+            parts[i] *= kept[-1]
+        elif kept and not kept.pop():
+            parts[i] = "\n"
+    return "".join(parts)
+
+
+def squeeze(page: str) -> str:
+    """不改变含义地压缩 HTML：换行与缩进只留一个换行，去掉注释与不必要的引号；``<pre>`` 与脚本原样。"""
+    parts = re.split(r"(<(?:pre|script|style|textarea)\b.*?</(?:pre|script|style|textarea)>)", page, flags=re.S)
+    for i in range(0, len(parts), 2):
+        text = re.sub(r"<!--.*?-->", "", parts[i], flags=re.S)
+        text = re.sub(r"\s*\n\s*", "\n", text)
+        # HTML 里的 <svg> 与 <math> 不需要命名空间
+        text = re.sub(r' xmlns="http://www\.w3\.org/(?:2000/svg|1998/Math/MathML)"', "", text)
+        parts[i] = re.sub(r"<[a-z][^<>]*>", _unquote, text)
+    return "".join(parts)
+
+
+def _unquote(tag: re.Match[str]) -> str:
+    if "'" in tag[0]:
+        return tag[0]  # 单引号的值里可能有双引号
+    short = re.sub(r'( style="[^"]*);"', r'\1"', tag[0])
+    return re.sub(r'="([^\s"=<>`]*[^\s"=<>`/])"(?=[\s>])', r"=\1", short)
 
 
 def _nest(tokens: list[dict]) -> list[dict]:
