@@ -265,12 +265,19 @@ def _unwrap(body: str) -> str:
     return "".join(parts)
 
 
+# 块级元素两侧的空白，浏览器本来就不显示
+_BLOCK_TAG = r"</?(?:article|body|div|figure|footer|form|h[1-6]|head|header|html|li|link|main|meta|nav|ol|p|section|title|ul)\b[^<>]*>"
+_AROUND_BLOCKS = re.compile(rf"\n?({_BLOCK_TAG})\n?")
+
+
 def squeeze(page: str) -> str:
     """不改变含义地压缩 HTML：换行与缩进只留一个换行，去掉注释与不必要的引号；``<pre>`` 与脚本原样。"""
     parts = re.split(r"(<(?:pre|script|style|textarea)\b.*?</(?:pre|script|style|textarea)>)", page, flags=re.S)
     for i in range(0, len(parts), 2):
         text = re.sub(r"<!--.*?-->", "", parts[i], flags=re.S)
         text = re.sub(r"\s*\n\s*", "\n", text)
+        text = text.replace(" data-search-exclude", "")  # 索引已经建好
+        text = _AROUND_BLOCKS.sub(r"\1", text)
         # HTML 里的 <svg> 与 <math> 不需要命名空间
         text = re.sub(r' xmlns="http://www\.w3\.org/(?:2000/svg|1998/Math/MathML)"', "", text)
         parts[i] = re.sub(r"<[a-z][^<>]*>", _unquote, text)
