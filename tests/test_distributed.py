@@ -59,6 +59,23 @@ def test_cluster_agrees_with_local(cluster, root):
 
 
 @pytest.mark.slow
+def test_products_travel_between_workers(cluster, root):
+    """上游的产物在提交端与 worker 共用的目录里，下游在哪个 worker 上都读得到。"""
+    for name in PAGES:
+        (root / name).unlink()
+    head = "# ---\n# zhixing:\n#   id: {0}\n#   title: {0}\n#   needs: [{1}]\n#   threads: 2\n# ---\n\n# %%\nimport zhixing\n"
+    code = 'zhixing.output_path("w").write_text(str(zhixing.scratch_path().is_dir()))\n'
+    (root / "examples/base.py").write_text(head.format("base", "") + code)
+    for name in "ab":
+        code = 'assert zhixing.input_path("base/w").read_text() == "True"\n'
+        (root / f"examples/{name}.py").write_text(head.format(name, "base") + code)
+    assert check(root, connect(cluster.scheduler_address)) == set()
+    (root / "examples/base.py").write_text(head.format("base", "") + "1 / 0\n")
+    assert check(root, connect(cluster.scheduler_address)) == {
+        ("examples/base.py", 11, "R301"), ("examples/a.py", 5, "E603"), ("examples/b.py", 5, "E603")}  # fmt: skip
+
+
+@pytest.mark.slow
 def test_killed_worker_is_retried(cluster, root):
     for name in PAGES:
         if name != "docs/slow.md":

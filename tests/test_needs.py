@@ -199,7 +199,9 @@ def test_product_read_by_a_subprocess_counts(pair, engine) -> None:
         "print(subprocess.run([sys.executable, '-c', code], capture_output=True, text=True, check=True).stdout)\n"
     )
     pair.write("examples/down.py", example("down", code, needs="[base]"))
-    assert "1111111111" in out(check(engine)["down"]) and check.problems == []
+    found = check(engine)
+    assert "1111111111" in out(found["down"]) and check.problems == []
+    assert found["down"].payload["inputs"] == {"base/w.bin": found["base"].payload["files"]["w.bin"]}
     pair.write("examples/base.py", BASE.replace('b"1"', 'b"2"'))
     assert "2222222222" in out(check(engine)["down"])
 
@@ -266,6 +268,10 @@ def test_unused_files_are_swept_only_when_old(pair, engine) -> None:
     fresh.touch()
     check(engine)
     assert fresh.exists() and not old.exists() and len(list(files.iterdir())) == 2
+    (used,) = {p for p in files.iterdir()} - {fresh}
+    os.utime(used, (0, 0))  # 再旧，有结果引用就留着
+    pair.write("examples/other.py", example("other", 'zhixing.output_path("x").write_text("x")\n'))
+    assert ran(check(engine)) == {"other"} and used.exists()
 
 
 # ── 用错 ──────────────────────────────────────────────────────────────
@@ -346,7 +352,7 @@ import json, os, time
 import torch
 x = torch.randn(300, 300)
 start = time.monotonic()
-while time.monotonic() - start < 0.5:
+while time.monotonic() - start < {seconds}:
     x @ x
 with open({log!r}, "a") as f:
     f.write(json.dumps([start, time.monotonic(), torch.get_num_threads(), os.environ["OMP_NUM_THREADS"]]) + "\\n")
@@ -358,8 +364,10 @@ def test_threads_take_that_many_slots(site, tmp_path) -> None:
     import json
 
     logs = {name: tmp_path / name for name in ("one", "two", "wide")}
+    seconds = {"one": 0.3, "two": 3, "wide": 0.3}  # one 先完：空出一个槽，wide 还要等 two
     for name, log in logs.items():
-        site.write(f"examples/{name}.py", example(name, THREADS.format(log=str(log)), threads=2 if name == "wide" else 1))
+        code = THREADS.format(log=str(log), seconds=seconds[name])
+        site.write(f"examples/{name}.py", example(name, code, threads=2 if name == "wide" else 1))
     executor = ZygoteExecutor(site.root, 2)
     try:
         check(Engine(site.root, executor=executor))
@@ -376,7 +384,7 @@ def test_threads_take_that_many_slots(site, tmp_path) -> None:
 
 
 def test_threads_on_a_single_worker(site, tmp_path) -> None:
-    site.write("examples/wide.py", example("wide", THREADS.format(log=str(tmp_path / "log")), threads=2))
+    site.write("examples/wide.py", example("wide", THREADS.format(log=str(tmp_path / "log"), seconds=0.2), threads=2))
     executor = ZygoteExecutor(site.root, 1)
     try:
         check(Engine(site.root, executor=executor))
