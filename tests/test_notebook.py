@@ -268,6 +268,7 @@ def test_squeeze_keeps_what_the_reader_sees() -> None:
 
     assert seen(small) == seen(re.sub(r"<!--.*?-->", "", page)) and len(small) < len(page) - 20
     assert notebook.squeeze(small) == small
+    assert 'href="u/"' in small and 'src="p.svg"' in small and 'id="q"' in small and "class=c>" in small
 
 
 def test_finish_html_fixes_headings_and_styles() -> None:

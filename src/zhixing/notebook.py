@@ -287,8 +287,9 @@ def squeeze(page: str) -> str:
 def _unquote(tag: re.Match[str]) -> str:
     if "'" in tag[0]:
         return tag[0]  # 单引号的值里可能有双引号
-    short = re.sub(r'( style="[^"]*);"', r'\1"', tag[0])
-    return re.sub(r'="([^\s"=<>`]*[^\s"=<>`/])"(?=[\s>])', r"=\1", short)
+    short = re.sub(r'( style="[^"]*);"', r'\1"', tag[0].replace("margin-left:0em;", ""))  # KaTeX 写的零
+    # 链接、资源与 id 留着引号：检查站外请求、合书的脚本会按引号去找
+    return re.sub(r'(?<!src|rel)(?<! id)(?<!href|name)="([^\s"=<>`]*[^\s"=<>`/])"(?=[\s>])', r"=\1", short)
 
 
 def _nest(tokens: list[dict]) -> list[dict]:
