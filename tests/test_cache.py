@@ -166,6 +166,20 @@ def test_file_read_by_a_subprocess_reruns(project, engine, code) -> None:
     assert not outcome.cached and outcome.payload["blocks"][0]["out"] == before.replace("1", "2")
 
 
+def test_module_loaded_from_bytecode_reruns(project, engine) -> None:
+    """经 importlib 导入、又有现成的字节码：源文件没有被打开过，但它仍是依据。"""
+    import py_compile
+
+    py_compile.compile(str(project.root / "examples/inner/core.py"))
+    project.write(
+        "docs/p.md", '```python\nimport importlib\nprint(importlib.import_module("inner.core").VALUE)\n```\n'
+    )
+    assert check(engine).payload["blocks"][0]["out"] == "1\n"
+    assert check(engine).cached
+    edit(project, "examples/inner/core.py", "1", "2  # 长度也变")
+    assert check(engine).payload["blocks"][0]["out"] == "2\n"
+
+
 def test_file_read_by_a_forked_child_reruns(project, engine) -> None:
     project.write(
         "docs/p.md",

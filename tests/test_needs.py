@@ -206,6 +206,30 @@ def test_product_read_by_a_subprocess_counts(pair, engine) -> None:
     assert "2222222222" in out(check(engine)["down"])
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="检查点只在 Linux 上")
+def test_checkpoint_is_not_resumed_over_a_new_product(pair) -> None:
+    first = 'import time, zhixing\nw = zhixing.input_path("base/w.bin").read_text()\ntime.sleep(0.3)'
+    page = template("control", "x").replace("refs:", "needs: [base]\nrefs:")
+    engine = Engine(pair.root, workers=1, checkpoints=True)
+
+    def run(last: str) -> dict:
+        pair.write("docs/control/x.md", page + f"\n```python\n{first}\n```\n\n```python\n{last}\n```\n")
+        payload = check(engine)["docs/control/x.md"].payload
+        assert check.problems == []
+        return payload
+
+    try:
+        run("print(w)")
+        resumed = run("print(w, 1)")
+        assert resumed["resumed"] and resumed["blocks"][-1]["out"] == "1111111111 1\n"
+        assert resumed["inputs"].keys() == {"base/w.bin"}
+        pair.write("examples/base.py", BASE.replace('b"1"', 'b"2"'))
+        fresh = run("print(w, 2)")
+        assert not fresh["resumed"] and fresh["blocks"][-1]["out"] == "2222222222 2\n"
+    finally:
+        engine.close()
+
+
 def test_missing_product_is_remembered(pair, engine) -> None:
     code = 'try:\n    zhixing.input_path("base/late")\n    print("有")\nexcept ValueError:\n    print("没有")\n'
     pair.write("examples/down.py", example("down", code, needs="[base]"))

@@ -40,6 +40,7 @@ def leave(spool: str, k: int, page: Any) -> Any:
         原进程里立即返回 None；被唤醒的现场里返回 ``(新作业, progress, output, result)``。
     """
     ready, signal_ready = os.pipe()
+    spawned = page.spawned
     pid = os.fork()
     if pid:
         os.close(signal_ready)
@@ -48,6 +49,7 @@ def leave(spool: str, k: int, page: Any) -> Any:
         return None
     os.close(ready)
     os.setsid()
+    page.spawned = spawned  # 留现场的 fork 不算页里起的子进程
     hashes = {path: file_hash(Path(page.root) / path) for path in page.dependencies()}
     server = socket.socket(socket.AF_UNIX)
     server.bind(f"{spool}.at-{k}-{os.getpid()}")
