@@ -20,8 +20,10 @@ from minisd import clip, pipeline, train, world
 
 SEED, STEPS, BATCH = 0, 350, 128
 torch.manual_seed(SEED)
+device = "cuda" if torch.cuda.is_available() else "cpu"
 data = world.sample(12_000, torch.Generator().manual_seed(1))      # 只含 135 种见过的组合
-model = clip.CLIP()
+images = data.image.to(device)
+model = clip.CLIP().to(device)
 zhixing.metric("parameters", sum(p.numel() for p in model.parameters()))
 
 # %% [markdown]
@@ -31,14 +33,14 @@ zhixing.metric("parameters", sum(p.numel() for p in model.parameters()))
 
 # %%
 def loss_fn(generator):
-    i = torch.randint(len(data.image), (BATCH,), generator=generator)
-    ids = clip.tokenize(world.captions(data.attrs[i], generator))                 # (B, L)
+    i = torch.randint(len(images), (BATCH,), generator=generator)
+    ids = clip.tokenize(world.captions(data.attrs[i], generator)).to(device)      # (B, L)
     same = (ids[:, None] == ids).all(-1)                                          # (B, B)
-    return clip.contrastive_loss(model.embed_image(data.image[i]), model.embed_text(ids), model.scale(), same)
+    return clip.contrastive_loss(model.embed_image(images[i]), model.embed_text(ids), model.scale(), same)
 
 
 losses = train.fit(model, loss_fn, STEPS, train.adamw(model, 2e-3, weight_decay=0.05), generator=torch.Generator().manual_seed(SEED))
-model.eval().requires_grad_(False)
+model.cpu().eval().requires_grad_(False)
 zhixing.metric("steps", STEPS)
 zhixing.metric("temperature", 1 / model.scale())
 
@@ -80,14 +82,15 @@ texts = world.captions(show.attrs)
 cosine = model.embed_image(show.image) @ model.embed_text(clip.tokenize(texts)).T   # (8 图, 8 句)
 assert (cosine.argmax(0) == torch.arange(8)).all() and (cosine.argmax(1) == torch.arange(8)).all()
 
-fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, 4), width_ratios=[1, 9])
-left.imshow(((show.image + 1) / 2).permute(0, 2, 3, 1).flatten(0, 1).numpy(), interpolation="nearest")
+fig, (left, right) = plt.subplots(1, 2, figsize=(7.2, 4.4), width_ratios=[1, 11])
+left.imshow(((show.image + 1) / 2).permute(0, 2, 3, 1).flatten(0, 1).numpy(), interpolation="nearest", aspect="auto")
 left.axis("off")
-right.imshow(cosine, cmap="viridis")
+right.imshow(cosine, cmap="viridis", aspect="auto")   # 与左边逐行对齐
 right.set_xticks(range(8), texts, rotation=35, ha="right")
 right.set_yticks([])
-for (r, c), value in ((rc, cosine[rc].item()) for rc in torch.cartesian_prod(*[torch.arange(8)] * 2).tolist() for rc in [tuple(rc)]):
-    right.text(c, r, f"{value:.2f}", ha="center", va="center", color="w" if value < 0.6 else "k", fontsize=7)
+for r, row in enumerate(cosine.tolist()):
+    for c, value in enumerate(row):
+        right.text(c, r, f"{value:.2f}", ha="center", va="center", color="w" if value < 0.6 else "k", fontsize=7)
 zhixing.figure("retrieval", fig)
 
 # %%

@@ -22,15 +22,16 @@ from minisd import judge, pipeline, train, vae, world
 
 SEED, STEPS, BATCH = 0, 500, 64
 torch.manual_seed(SEED)
-data = world.broad(12_000, torch.Generator().manual_seed(1)).to(memory_format=torch.channels_last)
-model = vae.VAE().to(memory_format=torch.channels_last)                # 通道在后：CPU 上卷积更快
+device = "cuda" if torch.cuda.is_available() else "cpu"
+data = world.broad(12_000, torch.Generator().manual_seed(1)).to(device, memory_format=torch.channels_last)
+model = vae.VAE().to(device, memory_format=torch.channels_last)        # 通道在后：CPU 上卷积更快
 zhixing.metric("parameters", sum(p.numel() for p in model.parameters()))
 
 
 # %%
 def loss_fn(generator):
     i = torch.randint(len(data), (BATCH,), generator=generator)
-    return vae.vae_loss(model, data[i], torch.randn(BATCH, 4, 6, 6, generator=generator))
+    return vae.vae_loss(model, data[i], torch.randn(BATCH, 4, 6, 6, generator=generator).to(device))
 
 
 losses = train.fit(
@@ -38,7 +39,7 @@ losses = train.fit(
     resume=zhixing.scratch_path() / "state.pt",
 )
 model.measure(data[:4000])
-model.eval().requires_grad_(False)
+model.cpu().eval().requires_grad_(False)
 zhixing.metric("steps", STEPS)
 
 # %% [markdown]

@@ -179,12 +179,15 @@ def test_vae_refuses_indivisible_sizes(shape):
         vae.VAE().encode(torch.zeros(shape))
 
 
-@given(st.floats(-3, 3), st.floats(-4, 2))
-def test_kl_matches_torch_distributions(mean, log_var):
-    m, v = torch.tensor([mean], dtype=torch.float64), torch.tensor([log_var], dtype=torch.float64)
+def test_vae_loss_is_reconstruction_plus_kl():
+    model, x = vae.VAE().eval(), world.broad(8, gen())
+    mean, log_var = model.encode(x)
+    noise = torch.randn(mean.shape, generator=gen())
+    out = model.decoder(mean + (log_var / 2).exp() * noise)
     normal = torch.distributions.Normal
-    want = torch.distributions.kl_divergence(normal(m, (v / 2).exp()), normal(0.0, 1.0)).mean()
-    assert torch.allclose(vae.kl(m, v), want, rtol=1e-6, atol=1e-9)
+    kl = torch.distributions.kl_divergence(normal(mean, (log_var / 2).exp()), normal(0.0, 1.0)).mean()
+    want = (out - x).square().mean() + 0.2 * (out - x).abs().mean() + 0.5 * kl
+    torch.testing.assert_close(vae.vae_loss(model, x, noise, beta=0.5), want)
 
 
 # ── U-Net ───────────────────────────────────────────────────────

@@ -113,7 +113,7 @@ def contrastive_loss(image, text, scale, same=None):
     它们都算正确答案（目标均分），缺省是单位阵，即原论文的写法。
     """
     logits = scale * image @ text.T                                    # (B, B)
-    target = torch.eye(len(logits)) if same is None else same.float()
+    target = torch.eye(len(logits)).to(logits) if same is None else same.to(logits)
     per_image = target / target.sum(1, keepdim=True)
     per_text = target.T / target.T.sum(1, keepdim=True)
     return (F.cross_entropy(logits, per_image) + F.cross_entropy(logits.T, per_text)) / 2

@@ -53,7 +53,7 @@ class StableDiffusion:
     @property
     def device(self):
         """权重所在的设备；输入都搬到这里。"""
-        return next(self.vae.parameters()).device
+        return next(self.text_encoder.parameters()).device
 
     def to(self, device):
         """三个网络一起搬到 device，返回自己。"""

@@ -78,8 +78,9 @@ def move(s, x, t, t_next, pred, kind):
 
 def ddim(s, ask, x, ts, kind, eta, generator):
     """DDIM。每步问一次网络。"""
+    where = x.device if generator is None else generator.device            # 生成器在哪里就在哪里抽，再搬过去
     for t, t_next in zip(ts, [*ts[1:], -1]):
-        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device) if eta else None
+        noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=where).to(x.device) if eta else None
         x = ddim_step(s, x, t, t_next, ask(x, t), kind, eta, noise)
         yield x
 # --8<-- [end:ddim]

@@ -9,6 +9,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from minisd.elbo import kl_standard_normal, reparameterize
+
 
 class ResBlock(nn.Module):
     """(B, C, H, W) → 同形。第二个卷积从零开始，所以起点是恒等映射。"""
@@ -70,19 +72,9 @@ class VAE(nn.Module):
         self.std.copy_(z.std((0, 2, 3), keepdim=True))
 
 
-def reparameterize(mean, log_var, noise):
-    """重参数化：z = μ + σ ε，梯度能穿过采样（arXiv:1312.6114 第 2.4 节）。"""
-    return mean + (log_var / 2).exp() * noise
-
-
-def kl(mean, log_var):
-    """KL(N(μ, σ²) ‖ N(0, 1))，对全部元素取平均（同上，附录 B）。"""
-    return (mean.square() + log_var.exp() - 1 - log_var).mean() / 2
-
-
 def vae_loss(vae, images, noise, beta=2e-4):
-    """重建（L2 + 0.2·L1）+ β·KL；noise 与潜变量同形。"""
+    """重建（L2 + 0.2·L1）+ β·KL，KL 对全部元素取平均；noise 与潜变量同形。"""
     mean, log_var = vae.encode(images)
     out = vae.decoder(reparameterize(mean, log_var, noise))
-    return F.mse_loss(out, images) + 0.2 * F.l1_loss(out, images) + beta * kl(mean, log_var)
+    return F.mse_loss(out, images) + 0.2 * F.l1_loss(out, images) + beta * kl_standard_normal(mean, log_var).mean()
 # --8<-- [end:vae]
