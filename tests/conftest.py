@@ -8,6 +8,9 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+# 一个线程：模型都很小；两个线程遇上另一个忙着的进程会互相空等，慢几十倍。要在第一次 import torch 之前
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 from zhixing.execute import Engine, ZygoteExecutor
 
 
