@@ -432,6 +432,24 @@ def test_examples_cannot_break_the_zygote(site, monkeypatch) -> None:
     assert [(p.code, p.line) for p in bad.problems] == [("R301", 4)]
 
 
+def test_pages_do_not_wait_for_imports_they_do_not_use(site) -> None:
+    """只用标准库的页与 import 重模块同时进行，分身一个接一个，同时跑的页数不超过执行槽。"""
+    stamp = "import time\nstart = time.monotonic()\ntime.sleep(0.6)\nprint(start, time.monotonic())"
+    pages = {f"a{i}": python(stamp) for i in range(4)}
+    pages |= {f"b{i}": python(f"import numpy\n{stamp}") for i in range(4)}
+    pages |= {f"c{i}": python(f"import torch\n{stamp}") for i in range(3)}
+    engine = Engine(site.root, workers=3, cache=False)
+    try:
+        outcomes = engine.check(units_of(site.root, **pages))
+    finally:
+        engine.close()
+    assert [o.problems for o in outcomes] == [[]] * len(pages)
+    spans = [tuple(map(float, o.payload["blocks"][0]["out"].split())) for o in outcomes]
+    assert max(sum(a <= start < b for a, b in spans) for start, _ in spans) <= 3
+    first_torch = min(start for start, _ in spans[8:])
+    assert sum(start < first_torch for start, _ in spans[:8]) == 8  # 轻的页不等 torch
+
+
 def test_zygote_killed_midway_is_reported_and_restarted(site) -> None:
     engine = Engine(site.root, workers=1, cache=False)
     try:

@@ -25,6 +25,7 @@ from zhixing.checkpoint import Shelf
 
 # import 的重量，决定预载与调度的先后
 HEAVY = {"numpy": 1, "matplotlib": 2, "torch": 4}
+GATHER = 0.03  # 这么多秒没有新作业，就算到齐了
 GRACE = 4.0  # 子进程自己的看门狗没能停下它时，再等这么久就杀
 
 
@@ -123,6 +124,7 @@ class Zygote:
         self.shelf = Shelf()
         self.running: dict[int, Child | None] = {}  # None：分出去跑轻作业的分身
         self.busy: dict[int, int] = {}  # 进程号 -> 占几个执行槽
+        self.turn: int | None = None  # 最近一个分身退出时关闭的管道
 
     def emit(self, **event: Any) -> None:
         try:
@@ -135,9 +137,17 @@ class Zygote:
         """手里的作业要用、还没有 import 的重模块。"""
         return {m for job in self.pending for m in job["imports"]} - self.loaded
 
+    def doubled(self) -> int:
+        """分身占几个执行槽：它们一个接一个地跑，只算占得最多的那个。"""
+        return max((self.busy[pid] for pid, child in self.running.items() if child is None), default=0)
+
+    def free(self) -> int:
+        pages = sum(self.busy[pid] for pid, child in self.running.items() if child is not None)
+        return self.slots - pages - self.doubled()
+
     def schedule(self) -> None:
         self.pending.sort(key=lambda job: sum(HEAVY[m] for m in job["imports"]))
-        while self.pending and (free := self.slots - sum(self.busy.values())) > 0:
+        while self.pending and (free := self.free()) > 0:
             missing = self.missing()
             if not missing:
                 size = min(self.pending[0]["threads"], self.slots)
@@ -146,24 +156,33 @@ class Zygote:
                 child = Child(self.pending.pop(0), self.shelf)
                 self.running[child.pid], self.busy[child.pid] = child, size
                 continue
-            heaviest = max(missing, key=HEAVY.__getitem__)
-            light = [job for job in self.pending if heaviest not in job["imports"] and job["threads"] == 1]
-            if light and free > 1:
-                # 用不到它的作业交给分身去跑，自己同时 import：torch 的两秒是最长的一段
-                self.delegate(light, min(free - 1, len(light)))
-                self.pending = [job for job in self.pending if job not in light]
-            for module in sorted(self.missing(), key=HEAVY.__getitem__):
-                preload(module)
-                self.loaded.add(module)
+            module = min(missing, key=HEAVY.__getitem__)  # 由轻到重：先到手的先有人用
+            ready = [job for job in self.pending if self.loaded.issuperset(job["imports"]) and job["threads"] == 1]
+            if ready and (share := self.doubled() or free - 1) > 0:
+                # 不用再等的作业交给分身去跑，自己同时 import：torch 的几秒是最长的一段
+                self.delegate(ready, min(share, len(ready)))
+                self.pending = [job for job in self.pending if job not in ready]
+            preload(module)
+            self.loaded.add(module)
 
     def delegate(self, jobs: list[dict[str, Any]], slots: int) -> None:
+        """fork 一个分身跑完这些作业；已有分身时排在它后面，同时跑的页数不超过执行槽。"""
         gc.freeze()
+        read, write = os.pipe()  # 分身（连同它的页）都退出，读端就关闭
         pid = os.fork()
         if pid:
+            os.close(write)
+            if self.turn is not None:
+                os.close(self.turn)
+            self.turn = read
             self.running[pid], self.busy[pid] = None, slots
             return
         try:
+            os.close(read)
             _become_subreaper()
+            if self.turn is not None:
+                os.read(self.turn, 1)
+                os.close(self.turn)
             double = Zygote(self.events, slots)
             double.loaded = self.loaded
             double.pending = [job | {"checkpoints": False} for job in jobs]  # 分身一走，检查点就没人认领了
@@ -261,9 +280,11 @@ def main() -> None:
     selector = selectors.DefaultSelector()
     selector.register(0, selectors.EVENT_READ)
     selector.register(wake, selectors.EVENT_READ)
-    buffer, closed = b"", False
+    buffer, closed, gathering = b"", False, False
     while not closed:
-        for key, _ in selector.select(timeout=0.25 if zygote.running else None):
+        ready = selector.select(timeout=GATHER if gathering else 0.25 if zygote.running else None)
+        gathering = False
+        for key, _ in ready:
             if key.fd == wake:
                 os.read(wake, 4096)
                 continue
@@ -274,8 +295,9 @@ def main() -> None:
                 break
             *lines, buffer = (buffer + data).split(b"\n")
             zygote.pending += map(json.loads, lines)
+            gathering = bool(zygote.missing())  # import 时听不见新作业：先等一批到齐
         zygote.reap()
-        if not closed:
+        if not closed and not gathering:
             zygote.schedule()
     zygote.shelf.clear()
     for pid, child in zygote.running.items():
