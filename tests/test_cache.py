@@ -16,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from zhixing import blocks, cli
+from zhixing import blocks, cache, cli
 from zhixing.cache import Cache, file_hash, write_atomic
 from zhixing.execute import Engine, Outcome, Unit
 
@@ -450,6 +450,34 @@ def test_interrupted_check_leaves_a_usable_cache(project) -> None:
     (project.root / "docs/slow.md").unlink()
     done = subprocess.run(command, cwd=project.root, capture_output=True, text=True)
     assert done.returncode == 0 and "1 块用缓存" in done.stderr
+
+
+# ── 装的包 ────────────────────────────────────────────────────────────
+
+
+def test_only_packages_the_page_uses_matter(site, engine, monkeypatch, tmp_path) -> None:
+    """装一个不相干的包不重跑；用到的升级了、想用却没有的装上了，要重跑。"""
+    site.write("docs/p.md", "```python\nimport safetensors\ntry:\n    import nosuch\nexcept ImportError:\n    nosuch = None\n```\n")
+    check(engine)
+    assert check(engine).cached
+    original = cache.version_of
+    monkeypatch.setattr(cache, "version_of", lambda name: "9.9" if name == "pytest" else original(name))
+    assert check(engine).cached
+    monkeypatch.setattr(cache, "version_of", lambda name: "9.9" if name == "safetensors" else original(name))
+    again = check(engine)
+    assert (again.cached, again.why) == (False, "包 safetensors 变了")
+    monkeypatch.setattr(cache, "version_of", original)
+    (tmp_path / "nosuch.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    assert check(engine).why == "包 nosuch 变了"
+
+
+def test_a_page_that_starts_processes_depends_on_every_package(site, engine, monkeypatch) -> None:
+    site.write("docs/p.md", "```bash\ntrue\n```\n")
+    check(engine)
+    assert check(engine).cached
+    monkeypatch.setattr(cache, "_installed", lambda: "另一套")
+    assert check(engine).why == "包 （装了的全部） 变了"
 
 
 # ── zhixing why ───────────────────────────────────────────────────────

@@ -30,7 +30,7 @@ def test_a_lying_cache_is_caught(tmp_path, monkeypatch) -> None:
         path = root / ".cache/zhixing/results/docs__p1.md.json"
         entry = json.loads(path.read_text("utf-8"))
         entry["payload"]["blocks"][0]["out"] = "旧的\n"
-        entry["digest"] = _digest([entry["deps"], entry["payload"]])
+        entry["digest"] = _digest([entry["deps"], entry["packages"], entry["payload"]])
         path.write_text(json.dumps(entry), "utf-8")
         return "说谎"
 

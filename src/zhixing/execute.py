@@ -454,7 +454,7 @@ class Engine:
         )
         success = executed and not failed
         if success:
-            self.cache.store(unit.file, running.key, payload, payload.pop("deps"))
+            self.cache.store(unit.file, running.key, payload, payload.pop("deps"), payload.pop("modules"))
         if running.scratch:
             running.scratch.close(success)
         return outcome, success and bool(payload["files"])

@@ -81,6 +81,7 @@ def run(job: dict[str, Any], progress: int, output: int, result: int) -> None:
         payload = {
             "blocks": page.results,
             "deps": page.dependencies(),
+            "modules": page.modules(),
             "figures": page.recorded.figures,
             "metrics": page.recorded.metrics,
             "inputs": page.inputs(),
@@ -641,6 +642,15 @@ class _Page:
             return [to_svg(plt.figure(number)) for number in plt.get_fignums()] if keep else []
         finally:
             plt.close("all")
+
+    def modules(self) -> list[str]:
+        """import 过的（包括没装的）第三方顶层模块；``*`` 表示全部：起过子进程的页，它用了什么看不见。"""
+        if self.spawned:
+            return ["*"]
+        found = {name.partition(".")[0] for name in self.imported} - sys.stdlib_module_names - {"zhixing"}
+        examples = os.path.join(self.root, "examples")
+        local = {name.removesuffix(".py") for name in os.listdir(examples)} if os.path.isdir(examples) else set()
+        return sorted(found - local)
 
     def dependencies(self) -> dict[str, str]:
         """读过的项目文件（相对项目根目录）与读的时候的样子：被 import 的本地模块与打开过的文件。
