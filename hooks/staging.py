@@ -15,7 +15,7 @@ _warnings = CountHandler()
 
 def on_startup(command, dirty):
     global _site
-    _site = None if command == "serve" else ...
+    _site = ... if command == "build" else None  # mike 只读配置，问的是最后的目录
 
 
 @event_priority(100)

@@ -69,44 +69,40 @@ def check(solution):
 """
 STARTER = 'def ascending(nums):\n    """返回升序排好的新列表。"""\n    return nums  # 1 < 2 & 3'
 RIGHT = "def ascending(nums):\n    return sorted(nums)\n"
-OFFLINE = """\
-INHERIT: mkdocs.yml
-site_url: ""
-use_directory_urls: false
-extra:
-  polyfills: [assets/js/iframe-worker.shim.js]
-plugins:
-  - search
-  - tags
-  - offline
-  - mkdocs-jupyter: { include: ["*.ipynb"], execute: false }
-"""
 
 
-def build(root: Path, config: str) -> Path:
-    """与真站点用同一份配置、钩子与主题，只有一页。"""
+def prepare(root: Path, page: str = PAGE) -> None:
+    """与真站点用同一份配置、钩子与主题，只有首页与 ``page`` 一页。"""
     for name in ("hooks", "overrides", "docs/assets"):
         shutil.copytree(REPO / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("mkdocs.yml", "docs/tags.md"):
+    for name in ("mkdocs.yml", "mkdocs.offline.yml", "docs/tags.md", "docs/synonyms.txt"):
         shutil.copy(REPO / name, root / name)
     for name in ("src", "node_modules"):
         (root / name).symlink_to(REPO / name)
     (root / "examples").mkdir()
     (root / "docs/leetcode").mkdir()
-    (root / "docs/leetcode/demo.md").write_text(PAGE, "utf-8")
+    (root / "docs/leetcode/demo.md").write_text(page, "utf-8")
     (root / "docs/index.md").write_text("---\ntitle: 首页\n---\n\n[示范](leetcode/demo.md)\n", "utf-8")
-    (root / "mkdocs.offline.yml").write_text(OFFLINE, "utf-8")
-    # 离线包的搜索靠它，它会换掉 window.Worker：练习要照样能停
-    shutil.copy(REPO / "node_modules/iframe-worker/shim/index.js", root / "docs/assets/js/iframe-worker.shim.js")
+
+
+def run(root: Path, *command: str) -> None:
+    """在项目里跑虚拟环境里的一条命令，失败就连同它的输出一起报。"""
+    scripts = Path(sys.executable).parent
+    quiet = {"NO_MKDOCS_2_WARNING": "1", "DISABLE_MKDOCS_2_WARNING": "true"}
     done = subprocess.run(
-        [sys.executable, "-m", "mkdocs", "build", "-q", "-f", config],
+        [scripts / command[0], *command[1:]],
         cwd=root,
-        env=os.environ | {"NO_MKDOCS_2_WARNING": "1", "DISABLE_MKDOCS_2_WARNING": "true"},
+        env=os.environ | quiet | {"PATH": f"{scripts}{os.pathsep}{os.environ['PATH']}"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
     if done.returncode:
-        pytest.fail("站点没有建成：\n" + done.stdout.decode()[-4000:], pytrace=False)
+        pytest.fail(f"{' '.join(command)} 失败：\n" + done.stdout.decode()[-4000:], pytrace=False)
+
+
+def build(root: Path, config: str) -> Path:
+    prepare(root)
+    run(root, "mkdocs", "build", "-q", "-f", config)
     return root / "site"
 
 

@@ -76,6 +76,8 @@ class Build:
             raise FileNotFoundError("缺少前端资产：先运行 make assets")
         found = {"assets/katex/katex.min.css": katex / "katex.min.css"}
         found |= {f"assets/katex/fonts/{p.name}": p for p in sorted((katex / "fonts").glob("*.woff2"))}
+        if offline:
+            found["assets/js/iframe-worker.shim.js"] = modules / "iframe-worker" / "shim" / "index.js"
         self.practice = None
         if any(any(practice.exercises(scan.blocks)) for scan in self.project.scans.values()):
             self.practice = pyodide.pack(modules / "pyodide", self.root / ".cache" / "zhixing" / "pyodide", offline)
@@ -91,7 +93,7 @@ class Build:
         directory, written = self.root / ".cache" / "zhixing" / "notebooks", []
         for example in self.project.examples.values():
             results = self.project.outcomes[example.file].payload["blocks"]
-            context = Page(example.file, "", "../../", self.problems, self.project.artifacts)
+            context = Page(example.file, "", "../../", self.problems, self.project.artifacts, self.for_print)
 
             def figure_html(svg: str, cell: int, i: int, example=example, context=context) -> str:
                 figure = self.project.artifacts.publish(f"{example.id}/cell-{cell}-{i}", svg)

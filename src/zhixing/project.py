@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
-from zhixing import blocks, notebook, questions
+from zhixing import blocks, notebook, questions, search
 from zhixing.artifacts import Artifacts
 from zhixing.cache import file_hash
 from zhixing.errors import ContentError, Problem
@@ -72,6 +72,7 @@ class Project:
     problems: list[Problem] = field(default_factory=list)
     outcomes: dict[str, Outcome] = field(default_factory=dict)
     artifacts: Artifacts = field(default_factory=Artifacts)
+    synonyms: list[list[str]] = field(default_factory=list)  # 搜索的同义词组
     unreadable: set[str] = field(default_factory=set)  # 头部有错、没能载入的示例
 
     @classmethod
@@ -86,6 +87,7 @@ class Project:
         questions.check_unique(list(project.metas.values()), project.problems)
         project._check_needs()
         project._check_skips()
+        project.synonyms = search.load_synonyms(root, project.problems)
         return project
 
     def _guard(self, load: Callable[[Path], None], path: Path) -> None:
