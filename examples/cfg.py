@@ -185,7 +185,8 @@ assert poor["形状"][at[2.0]] > poor["形状"][at[1.0]] + 0.1                  
 for c in (good, poor):
     assert c["全对"][at[7.5]] < c["全对"].max() - 0.3                        # 7.5 在这里是灾难
     assert c["颜色误差"][at[7.5]] > 2 * c["颜色误差"][at[1.0]]               # 掉在颜色上
-    assert (c["位置"].diff() < 0).all() and c["大小"][at[7.5]] < 0.6 * c["大小"][at[1.0]]        # 多样性单调变小
+    assert (c["位置"].diff() < 0).all() and (c["大小"].diff() < 0).all()                         # 多样性单调变小
+    assert c["大小"][at[7.5]] < 0.6 * c["大小"][at[1.0]]
 for name, key in (("训好的", "good"), ("欠训练的", "poor")):
     for scale in (1.0, 1.5, 2.0, 5.0, 7.5):
         tag = f"{scale:g}".replace(".", "")
@@ -245,6 +246,7 @@ for name, negative in (("空", ""), ("红色的圆", "红色的圆"), ("圆在�
     }
     print(name, counts[name]["颜色"].tolist(), counts[name]["位置"].tolist(), counts[name]["圆"])
 RED, CYAN, TOP_LEFT = 0, 5, 0
+assert counts["空"]["颜色"].min() > 0.05                                      # 没说颜色：六种都有
 assert counts["空"]["颜色"][RED] > 0.1 and counts["红色的圆"]["颜色"][RED] < 0.04          # 红的没了
 assert counts["空"]["位置"][TOP_LEFT] > 0.07 and counts["圆在左上"]["位置"][TOP_LEFT] < 0.02
 assert counts["红色的圆"]["圆"] > 0.95                                       # “圆”两边都有，抵消，不受影响
