@@ -56,14 +56,14 @@ def test_ridge_tends_to_least_norm(rng):
 
 @pytest.mark.parametrize("p", [3, 10, 28, 60])
 def test_theory_matches_monte_carlo(rng, p):
-    n, noise, S = 20, 0.3, 6000
+    n, noise, S = 20, 0.3, 2500
     beta = rng.standard_normal(60) / 5
     X = rng.standard_normal((S, n, 60))
     y = X @ beta + math.sqrt(noise) * rng.standard_normal((S, n))
     fits = regression.least_norm(X[..., :p], y)
     bias, variance = regression.least_norm_theory(n, beta, p, noise)
-    assert ((fits.mean(0) - beta[:p]) ** 2).sum() + (beta[p:] ** 2).sum() == pytest.approx(bias, rel=0.03, abs=0.002)
-    assert fits.var(0).sum() == pytest.approx(variance, rel=0.08)
+    assert ((fits.mean(0) - beta[:p]) ** 2).sum() + (beta[p:] ** 2).sum() == pytest.approx(bias, rel=0.05, abs=0.005)
+    assert fits.var(0).sum() == pytest.approx(variance, rel=0.12)
 
 
 def test_theory_is_infinite_only_at_the_threshold():
