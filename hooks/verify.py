@@ -48,6 +48,8 @@ def on_files(files, config):
         files.append(File(uri, str(directory), config.site_dir, config.use_directory_urls))
     for uri, text in b.generated_pages().items():
         files.append(File.generated(config, uri, content=text))
+    for uri, html in b.redirects(config.use_directory_urls).items():
+        files.append(File.generated(config, uri, content=html))
     return files
 
 

@@ -169,6 +169,25 @@ def test_optional_fields_are_accepted() -> None:
     assert problems_of(text) == []
 
 
+@pytest.mark.parametrize("old", ["/lora", "lora/", "a b", "../x", "中文", ""])
+def test_old_addresses_are_plain_paths(old) -> None:
+    text = GOOD.replace("id: lora\n", f'id: lora\nmoved_from: ["{old}"]\n')
+    assert problems_of(text) == [(3, "F102")]
+
+
+def test_old_addresses_belong_to_nobody_else() -> None:
+    found: list[Problem] = []
+    a, b = Meta("docs/control/a.md", id="a"), Meta("docs/control/b.md", id="b")
+    a.moved_from, a.moved_line = ["control/gone", "control/a"], 7
+    b.moved_from, b.moved_line = ["control/a", "control/gone"], 8
+    check_unique([a, b], found)
+    assert [(p.file, p.line, p.code) for p in found] == [
+        ("docs/control/a.md", 7, "F102"),
+        ("docs/control/b.md", 8, "F102"),
+        ("docs/control/b.md", 8, "F102"),
+    ]
+
+
 def test_ids_are_unique() -> None:
     found: list[Problem] = []
     metas = [Meta("docs/control/a.md", id="a"), Meta("docs/vision/a.md", id="a"), Meta("docs/ml/b.md", id=""), Meta("docs/ml/c.md", id="")]

@@ -15,7 +15,8 @@ from zhixing import offline
 
 pytestmark = pytest.mark.browser
 
-RICH = PAGE.replace(
+MOVED = PAGE.replace("refs: [某书]", "refs: [某书]\nmoved_from: [old/place]")
+RICH = MOVED.replace(
     "## 为什么 {#why}\n",
     """## 为什么 {#why}
 
@@ -77,6 +78,21 @@ def test_package_works_from_disk_without_network(unpacked, browser):  # noqa: F8
         assert reader.errors == [] and reader.external == []
 
 
+def test_old_addresses_lead_to_the_new_ones(unpacked, versions, browser):  # noqa: F811
+    for web, old, new in (
+        (unpacked, "old/place.html#why", "**/leetcode/demo.html#why"),
+        (versions, "latest/old/place/?h=x#why", "**/latest/leetcode/demo/?h=x#why"),
+    ):
+        with Reader(browser, web, **MODES["light"]) as reader:
+            tab = reader.context.new_page()
+            tab.goto(web.url + old)
+            tab.wait_for_url(new)
+        with Reader(browser, web, **MODES["no-js"]) as reader:
+            tab = reader.context.new_page()
+            tab.goto(web.url + old)
+            tab.wait_for_url(new.partition("?")[0].partition("#")[0] + "*")
+
+
 def test_package_is_reproducible_and_lean(package):
     first = (package / "dist" / "notes.zip").read_bytes()
     offline.pack(package / "site", package / "dist" / "again.zip")
@@ -103,7 +119,7 @@ def versions(tmp_path_factory):
     """1.0（别名 latest，缺省）与 2.0-dev（别名 dev）部署在本地分支上，取出来提供服务。"""
     top = tmp_path_factory.mktemp("versions")
     root = top / "project"
-    prepare(root)
+    prepare(root, MOVED)
 
     def git(*command: str) -> None:
         subprocess.run(["git", "-c", "user.name=t", "-c", "user.email=t@t", *command], cwd=root, check=True, stdout=subprocess.DEVNULL)

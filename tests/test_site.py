@@ -417,6 +417,14 @@ def test_notebook_page_is_small(web):
         assert len(gzip.compress(html.encode())) <= 32 << 10, page
 
 
+def test_published_addresses_stay(web):
+    """发布过的网址都还在；改名要在新页写 moved_from，并在这里换成新的。"""
+    listed = (Path(__file__).parent / "data/urls.txt").read_text("utf-8").split()
+    built = {page for page in web.pages if page}
+    assert sorted(set(listed) - built) == [], "这些网址没有了：给搬走的页写 moved_from"
+    assert sorted(built - set(listed)) == [], "新的页：加进 tests/data/urls.txt"
+
+
 # ---- 打印 ----
 
 

@@ -61,6 +61,10 @@ class Build:
         """由数据生成的页面：``docs/`` 内的路径 -> Markdown。"""
         return pages.generated(self.project)
 
+    def redirects(self, directory_urls: bool) -> dict[str, str]:
+        """旧网址上的跳转页：站内路径 -> HTML。"""
+        return pages.redirects(self.project, directory_urls)
+
     def assets(self, offline: bool = False) -> dict[str, Path]:
         """从锁定版本的 npm 包复制进站点的文件。
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from html import escape
+
 from zhixing import mutate, practice, report
 from zhixing.errors import RULES
 from zhixing.project import Project
@@ -32,6 +34,24 @@ def nav(project: Project) -> list:
 def generated(project: Project) -> dict[str, str]:
     """``docs/`` 内的路径 -> Markdown。"""
     return {"questions.md": _questions(project), "report.md": _report(project), "rules.md": _rules()}
+
+
+def redirects(project: Project, directory_urls: bool) -> dict[str, str]:
+    """搬走的页在旧网址上留下的跳转：站内路径 -> HTML。带着 # 与查询串一起跳。"""
+    suffix = "/" if directory_urls else ".html"
+    found = {}
+    for meta in project.metas.values():
+        target = meta.file.removeprefix("docs/").removesuffix(".md") + suffix
+        for old in meta.moved_from:
+            url = "../" * (old.count("/") + directory_urls) + target
+            found[old + ("/index.html" if directory_urls else ".html")] = (
+                f'<!doctype html><html lang="zh"><meta charset="utf-8"><title>{escape(meta.title)}</title>'
+                f'<meta name="robots" content="noindex"><link rel="canonical" href="{url}">'
+                f'<script>location.replace("{url}" + location.search + location.hash)</script>'
+                f'<noscript><meta http-equiv="refresh" content="0; url={url}"></noscript>'
+                f'<p>这一页搬到了 <a href="{url}">{escape(meta.title)}</a>。</p></html>\n'
+            )
+    return found
 
 
 def _questions(project: Project) -> str:

@@ -32,9 +32,10 @@ LEVELS = ("入门", "进阶", "深入")
 ORIGINS = ("真实面试", "公开资料归纳", "预测")
 
 _REQUIRED = ("id", "title", "section", "level", "origin", "tags", "brief", "questions", "refs")
-_OPTIONAL = ("followups", "needs", "hide", "search", "description")
+_OPTIONAL = ("followups", "needs", "moved_from", "hide", "search", "description")
 # 只解析一遍，节点（行号）与数据都要；有 libyaml 就用它，真实页面的 front matter 快十几倍
 _Loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+_PATH = re.compile(r"[a-z0-9-]+(?:/[a-z0-9-]+)*")
 _MATTER = re.compile(r"\A---[ \t]*\n(.*?)^---[ \t]*(?:\n|\Z)", re.S | re.M)
 
 
@@ -64,6 +65,8 @@ class Meta:
     refs: list[str] = field(default_factory=list)
     needs: list[str] = field(default_factory=list)  # 正文代码要读哪些示例的产物文件
     needs_line: int = 1
+    moved_from: list[str] = field(default_factory=list)  # 这一页用过的网址，如 control/lora-old
+    moved_line: int = 1
 
 
 def is_question_page(file: str) -> bool:
@@ -148,6 +151,10 @@ def load(file: str, text: str, problems: list[Problem]) -> Meta:
     meta.level, meta.origin = text_of("level", LEVELS), text_of("origin", ORIGINS)
     meta.tags, meta.refs, meta.needs = list_of("tags"), list_of("refs"), list_of("needs")
     meta.needs_line = lines.get("needs", 1)
+    meta.moved_from, meta.moved_line = list_of("moved_from"), lines.get("moved_from", 1)
+    for old in meta.moved_from:
+        if not _PATH.fullmatch(old):
+            bad("F102", f"moved_from 应是旧网址的路径，如 control/lora-old，得到 {old!r}", meta.moved_line)
     for name in ("questions", "followups"):
         setattr(meta, name, list(_questions(name, data.get(name) or [], nodes.get(name), bad)))
     _, section, stem = file.removesuffix(".md").split("/")
@@ -174,7 +181,13 @@ def _questions(name: str, value: Any, node: Any, bad: Any) -> Iterator[Question]
 
 
 def check_unique(metas: list[Meta], problems: list[Problem]) -> None:
-    """id 全站唯一。"""
+    """id 全站唯一；旧网址不能是别的页现在的或也用过的网址。"""
+    taken = {meta.file.removeprefix("docs/").removesuffix(".md"): meta.file for meta in metas}
+    for meta in metas:
+        for old in meta.moved_from:
+            if old in taken:
+                problems.append(Problem(meta.file, meta.moved_line, "F102", f"moved_from 的 {old!r} 是 {taken[old]} 的网址"))
+            taken[old] = meta.file
     first: dict[str, str] = {}
     for meta in metas:
         if meta.id and first.setdefault(meta.id, meta.file) != meta.file:
