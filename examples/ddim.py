@@ -9,7 +9,7 @@
 # %% [markdown]
 # 这里一步训练也没有：二维部分的网络来自 DDPM 的示例，图像部分的网络来自迷你 Stable Diffusion 的基座，权重原样读入。变的只有采样器：DDPM（DDIM 取 $\eta=1$）、DDIM、PNDM、DPM-Solver++(2M)。
 #
-# **预计耗时与内存**：机器空闲、单线程时约 50 秒，峰值内存约 0.8 GB。
+# **预计耗时与内存**：机器空闲、单线程时约一分钟，峰值内存约 0.8 GB。
 
 # %%
 import matplotlib.pyplot as plt
