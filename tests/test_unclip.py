@@ -162,3 +162,13 @@ def test_prior_standardizes():
     prior.measure(z)
     x = (z - prior.center) / prior.scale
     assert x.mean(0).abs().max() < 1e-5 and abs(x.std() - 1) < 0.01
+
+
+def test_prior_loss_is_the_plain_regression_onto_the_clean_vector():
+    """恒输出 c 的先验：损失就是 ‖c - x0‖² 的平均，与噪声无关。"""
+    prior, z, z_text = unclip.Prior(16), units(8, 16), units(8, 16, seed=2)
+    prior.measure(units(500, 16, seed=5))
+    torch.nn.init.zeros_(prior.leave.weight)
+    x0 = (z - prior.center) / prior.scale
+    loss = unclip.prior_loss(prior, schedule.cosine(), z, z_text, gen())
+    torch.testing.assert_close(loss, (prior.leave.bias - x0).square().mean())

@@ -3,7 +3,7 @@
 CLIP 的向量都是单位长的 (B, D)，每一维只有 1/√D 左右；进网络前乘 √D，到 1 的量级。
 """
 
-from minisd import samplers, unet
+from minisd import samplers, schedule, unet
 
 # --8<-- [start:decoder]
 import copy
@@ -72,7 +72,7 @@ class Prior(nn.Module):
     def __init__(self, dim, width=256, depth=3):
         super().__init__()
         self.dim = dim
-        self.enter = nn.Linear(3 * dim, width)
+        self.enter = nn.Linear(2 * dim + 64, width)                                            # 步号的正弦特征 64 维
         self.body = nn.ModuleList(
             nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, width)) for _ in range(depth)
         )
@@ -87,7 +87,7 @@ class Prior(nn.Module):
 
     def forward(self, x, t, z_text):
         """x (B, D) 是标准化后加噪的图像向量，t (B,)，z_text (B, D) → 标准化的 ẑ_i (B, D)。"""
-        h = self.enter(torch.cat([x, z_text * self.dim**0.5, unet.time_features(t, self.dim)], 1))
+        h = self.enter(torch.cat([x, z_text * self.dim**0.5, unet.time_features(t, 64)], 1))
         for block in self.body:
             h = h + block(h)
         return self.leave(h)
@@ -103,4 +103,12 @@ class Prior(nn.Module):
         found = torch.stack(found)                                                             # (K, B, D)
         best = (found * z_text).sum(2).argmax(0)                                               # (B,)
         return found[best, torch.arange(len(z_text))]
+
+
+def prior_loss(prior, s, z_image, z_text, generator):
+    """E‖z_i - f(z_i^(t), t, z_t)‖²：直接预测干净的图像向量（论文 2.2 节）。z_image、z_text 是配对的 (B, D)。"""
+    x0 = (z_image - prior.center) / prior.scale
+    t = torch.randint(len(s), (len(x0),), generator=generator).to(x0.device)
+    eps = torch.randn(x0.shape, generator=generator).to(x0.device)
+    return F.mse_loss(prior(schedule.q_sample(s, x0, t, eps), t, z_text), x0)
 # --8<-- [end:prior]
