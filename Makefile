@@ -5,13 +5,23 @@ export NO_MKDOCS_2_WARNING := 1
 export DISABLE_MKDOCS_2_WARNING := true
 BIN := .venv/bin
 
-.PHONY: serve site test check screenshot lock assets env env-dev clean
+.PHONY: serve site pdf epub print-site test check screenshot lock assets env env-dev clean
 
 serve: env assets ## 构建并在 http://127.0.0.1:8000 预览，保存即更新
 	$(BIN)/mkdocs serve --livereload
 
 site: env assets ## 只构建到 site/
 	$(BIN)/mkdocs build
+
+pdf: print-site ## 整本书 dist/zhixing.pdf；只要一页或一章：make pdf PAGE=diffusion/ddpm
+	@bash scripts/system-deps.sh pdf
+	$(BIN)/zhixing book pdf --page "$(PAGE)"
+
+epub: print-site ## 手机上读的 dist/zhixing.epub，也可以加 PAGE=
+	$(BIN)/zhixing book epub --page "$(PAGE)"
+
+print-site: env assets
+	ZHIXING_PRINT=1 $(BIN)/mkdocs build -d .cache/print
 
 check: env ## 只核对代码块，不建站
 	$(BIN)/zhixing check

@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
-# 安装系统包：site（画中文图要的字体）或 test（另加 Chromium 与 WeasyPrint 的库）。已有就什么都不做。
+# 安装系统包：site（画中文图要的字体）、pdf（另加 WeasyPrint 的库）或 test（再加 Chromium）。已有就什么都不做。
 set -euo pipefail
-want=${1:?用法：system-deps.sh site|test}
+want=${1:?用法：system-deps.sh site|pdf|test}
 
 missing=()
 fc-list :lang=zh 2>/dev/null | grep -q . || missing+=(fonts-noto-cjk)
-if [ "$want" = test ]; then
+if [ "$want" != site ]; then
   if command -v dpkg >/dev/null; then
     for package in libpango-1.0-0 libpangoft2-1.0-0 libharfbuzz-subset0; do
       dpkg -s "$package" >/dev/null 2>&1 || missing+=("$package")
     done
   fi
+fi
+if [ "$want" = test ]; then
   command -v chromium >/dev/null || command -v google-chrome >/dev/null || command -v chromium-browser >/dev/null || missing+=(chromium)
 fi
 [ "${#missing[@]}" -eq 0 ] && exit 0

@@ -194,6 +194,28 @@ def new(args: argparse.Namespace) -> int:
     return 0
 
 
+def book(args: argparse.Namespace) -> int:
+    """把建好的打印版站点排成 PDF 或 EPUB。"""
+    from time import perf_counter
+
+    from zhixing import book as books
+
+    root, start = find_root(), perf_counter()
+    name = "zhixing" + (f"-{args.page.strip('/').replace('/', '-')}" if args.page else "")
+    output = Path(args.output or root / "dist" / f"{name}.{args.format}")
+    if args.format == "pdf":
+        from zhixing import pdf as press
+    else:
+        from zhixing import epub as press
+    try:
+        made = press.write(books.load(root, Path(args.site or root / ".cache" / "print"), args.page), output)
+    except books.BookError as error:
+        print(f"zhixing: {error}", file=sys.stderr)
+        return 1
+    print(f"{output}：{made}，用时 {perf_counter() - start:.0f} 秒")
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="zhixing",
@@ -242,6 +264,13 @@ def main(argv: list[str] | None = None) -> int:
     p = commands.add_parser("new", help="按模板新建一页，如 control/ip-adapter")
     p.add_argument("page")
     p.set_defaults(run=new)
+
+    p = commands.add_parser("book", help="把打印版站点（ZHIXING_PRINT=1 mkdocs build -d .cache/print）排成书")
+    p.add_argument("format", choices=("pdf", "epub"))
+    p.add_argument("--page", metavar="路径", default="", help="只要一页或一章，如 diffusion/ddpm、diffusion")
+    p.add_argument("--site", metavar="目录", help="打印版站点，缺省 .cache/print")
+    p.add_argument("-o", "--output", metavar="文件", help="缺省 dist/zhixing.pdf、dist/zhixing.epub")
+    p.set_defaults(run=book)
 
     args = parser.parse_args(argv)
     try:
