@@ -338,6 +338,7 @@ def test_tagged_with_language_and_metadata(printed):
     assert b"pdfuaid" in root["/Metadata"].get_data()
     kinds = Counter(node["/S"] for node in printed.structure)
     assert {"/H1", "/H2", "/P", "/Table", "/TH", "/L", "/LI", "/Link", "/Figure", "/Formula"} <= kinds.keys()
+    assert all(node["/A"]["/Scope"] == "/Column" for node in printed.structure if node["/S"] == "/TH")
 
 
 def test_formulas_and_figures_have_alternate_text(printed):

@@ -264,7 +264,7 @@ def _no_gc() -> Iterator[None]:
 
 @contextmanager
 def _formula_tags() -> Iterator[None]:
-    """公式在结构树里标成 Formula，替代文本是 TeX。
+    """公式在结构树里标成 Formula，替代文本是 TeX；表头写明管的是列。
 
     WeasyPrint 70 只给 ``img`` 与 ``svg`` 写替代文本，这里换掉它建结构树的两个函数；
     版本写死在 requirements.txt，换版本时由测试（每个公式有 Alt）把关。
@@ -282,6 +282,8 @@ def _formula_tags() -> Iterator[None]:
             if element["S"] == "/Formula" and "Alt" not in element:
                 source = getattr(box, "_box", box).element  # 绝对定位的盒子外面套着一层
                 element["Alt"] = pydyf.String(source.get("data-tex"))
+            elif element["S"] == "/TH" and "A" in element:
+                element["A"]["Scope"] = "/Column"  # 站点的表头都在第一行
             yield element
 
     tags._get_pdf_tag, tags._build_box_tree = tag, tree
