@@ -135,9 +135,14 @@ class Printed:
                 stack += [kid for kid in node.get("/K", []) if not isinstance(kid, int)]
         return found
 
+    @cached_property
+    def destinations(self) -> dict[str, int]:
+        """具名目的地 -> 第几页（1 起）。"""
+        numbers = {page.indirect_reference.idnum: i for i, page in enumerate(self.reader.pages, 1)}
+        return {name: numbers[target.page.idnum] for name, target in self.reader.named_destinations.items()}
+
     def page_of(self, name: str) -> int:
-        """具名目的地在第几页（1 起）。"""
-        return self.reader.get_destination_page_number(self.reader.named_destinations[name]) + 1
+        return self.destinations[name]
 
     def annotations(self, page: pypdf.PageObject) -> list[dict]:
         return [a.get_object() for a in page.get("/Annots", [])]
@@ -213,7 +218,7 @@ def test_every_heading_is_a_bookmark(printed):
 
 
 def test_every_internal_link_lands_somewhere(printed):
-    destinations, links, outside = printed.reader.named_destinations, 0, []
+    destinations, links, outside = printed.destinations, 0, []
     for page in printed.reader.pages:
         for note in printed.annotations(page):
             if note["/Subtype"] != "/Link":
@@ -233,10 +238,10 @@ def index_lines(printed: Printed, slug: str, stop: str | None) -> list[tuple[int
     """一段索引里，每个链接 ``(该印的页码, 印着的页码)``。"""
     first = printed.page_of(slug) if slug else 2
     last = printed.page_of(stop) - 1 if stop else len(printed.reader.pages)
-    found = []
+    found, document = [], pypdfium2.PdfDocument(printed.path)
     for number in range(first, last + 1):
         page = printed.reader.pages[number - 1]
-        text = pypdfium2.PdfDocument(printed.path)[number - 1].get_textpage()
+        text = document[number - 1].get_textpage()
         rows: dict[str, list] = {}
         for note in printed.annotations(page):
             if "/Dest" in note:
@@ -288,8 +293,8 @@ def test_no_black_boxes(printed):
     """SVG 的颜色没解析出来就是整片纯黑；图里最深的颜色也没有这么黑。"""
     bad = []
     for number, image in enumerate(printed.bitmaps, 1):
-        height, width = (size // 16 * 16 for size in image.shape)
-        cells = image[:height, :width].reshape(height // 16, 16, width // 16, 16).max(axis=(1, 3))
+        height, width = (size // 6 * 6 for size in image.shape)  # 三毫米见方
+        cells = image[:height, :width].reshape(height // 6, 6, width // 6, 6).max(axis=(1, 3))
         bad += [number] * bool((cells < 12).any())
     assert bad == []
 
@@ -349,7 +354,6 @@ def test_formulas_and_figures_have_alternate_text(printed):
     figures = [node.get("/Alt") for node in printed.structure if node["/S"] == "/Figure"]
     drawn = sum(e.tag in ("img", f"{book.SVG}svg") for e in printed.html.iter())
     assert len(figures) >= drawn > 1 and all(figures)
-    assert not any("<math" in text or "annotation" in text for text in printed.texts)
 
 
 # ---- 内容（小站点） ----
