@@ -3,6 +3,7 @@
 站点只有一页两道题。Pyodide 启动要几秒，所以大多数测试按顺序共用一个已经启动好的标签页。
 """
 
+import ast
 import functools
 import http.server
 import os
@@ -14,6 +15,8 @@ from pathlib import Path
 
 import pytest
 from test_site import MODES, Quiet, Reader, Web, browser  # noqa: F401
+
+from zhixing import blocks, practice
 
 pytestmark = pytest.mark.browser
 
@@ -479,3 +482,73 @@ def test_ordinary_build_opened_from_disk_explains_itself(web, browser) -> None: 
     with Reader(browser, Web(web.directory, web.directory.as_uri() + "/"), **MODES["light"]) as fresh:
         exercise = Exercise(fresh.open("leetcode/demo/index.html"))
         assert "make serve" in exercise.run(RIGHT)
+
+
+# ---- 站点里的每一道题 ----
+
+
+def reference(page: list[blocks.Block], solution: str) -> str:
+    """参考解的源代码，连同它（传递地）用到的本页的函数、类与 import。"""
+    defined = {}
+    for block in page:
+        if block.lang == "python" and not block.raises and not block.practice:
+            for node in ast.parse(block.source).body:
+                code = ast.get_source_segment(block.source, node)
+                if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                    defined[node.name] = node, code
+                elif isinstance(node, ast.Import | ast.ImportFrom):
+                    for alias in node.names:
+                        defined[alias.asname or alias.name.partition(".")[0]] = node, code
+    todo, used = [solution], {}
+    while todo:
+        name = todo.pop()
+        if name in defined and name not in used:
+            node, used[name] = defined[name]
+            todo += [n.id for n in ast.walk(node) if isinstance(n, ast.Name)]
+    return "\n\n\n".join(dict.fromkeys(used.values())) + "\n"
+
+
+def every_exercise():
+    """每道题一项：(题目页, 起始代码, 测试, 参考解的名字, 参考解)。"""
+    for path in sorted((REPO / "docs").rglob("*.md")):
+        page = blocks.scan(path, REPO).blocks
+        for found in practice.exercises(page):
+            solution = found.tests.solution
+            yield path.stem, found.starter.source, found.tests.source, solution, reference(page, solution)
+
+
+EXERCISES = list(every_exercise())
+
+
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory, browser):  # noqa: F811
+    """把全站的题搬到一页上：只启动一次 Pyodide，构建时也在 CPython 里判一遍。"""
+    body = "".join(
+        f"```python\n{answer}```\n\n```python practice=\"starter\"\n{starter}\n```\n\n"
+        f"```python practice=\"tests\" solution=\"{solution}\"\n{tests}\n```\n\n"
+        for _, starter, tests, solution, answer in EXERCISES
+    )
+    top = tmp_path_factory.mktemp("exercises")
+    prepare(top, PAGE[: PAGE.index("```python")] + body)
+    run(top, "mkdocs", "build", "-q")
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=top / "site"))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    with Reader(browser, Web(top / "site", f"http://127.0.0.1:{server.server_port}/"), **MODES["light"]) as reader:
+        yield reader.open("leetcode/demo/")
+    server.shutdown()
+
+
+def test_collection_covers_every_page() -> None:
+    assert {page for page, *_ in EXERCISES} >= {path.stem for path in (REPO / "docs/leetcode").glob("*.md")}
+    assert len({practice.entry_of(starter) for _, starter, *_ in EXERCISES}) == len(EXERCISES), "搬到一页上，名字不能重"
+
+
+@pytest.mark.parametrize("index", range(len(EXERCISES)), ids=[f"{page}-{solution}" for page, _, _, solution, _ in EXERCISES])
+def test_reference_passes_and_starter_fails_in_pyodide(collection, index) -> None:
+    _, starter, _, solution, answer = EXERCISES[index]
+    exercise, entry = Exercise(collection, index), practice.entry_of(starter)
+    assert exercise.area.input_value() == starter
+    failed = exercise.run(starter)
+    assert "✗" in failed and "没有找到" not in failed and "超过" not in failed, failed
+    passed = exercise.run(answer if entry == solution else f"{answer}\n\n{entry} = {solution}\n")
+    assert "✓ 全部通过" in passed, passed
