@@ -62,6 +62,11 @@ def on_page_content(html, page, config, files):
     return html.replace("<table>", '<table tabindex="0">')
 
 
+def on_page_context(context, page, config, nav):
+    context["footer"] = _build(config).footer(page.file.src_uri)
+    return context
+
+
 @event_priority(-50)
 def on_env(env, config, files):
     b = _build(config)

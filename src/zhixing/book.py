@@ -7,11 +7,9 @@ Mermaid 图用实色与 SVG 文字。
 
 from __future__ import annotations
 
-import contextlib
 import os
 import posixpath
 import re
-import subprocess
 import xml.etree.ElementTree as etree
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -22,6 +20,7 @@ from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 import yaml
 
 from zhixing import pages
+from zhixing.history import git
 from zhixing.project import Project
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -31,7 +30,7 @@ AUTHOR = "知行贡献者"
 
 # 屏幕上的按钮、标签、输入框；旁边的脚本补上的东西本来就不在 HTML 里
 _DROP_TAGS = frozenset({"script", "style", "link", "input", "button", "nav", "form", "template", "noscript"})
-_DROP_CLASSES = frozenset({"headerlink", "md-content__button", "md-button", "md-source-file", "tabbed-labels"})
+_DROP_CLASSES = frozenset({"zx-footer", "headerlink", "md-content__button", "md-button", "md-source-file", "tabbed-labels"})
 _PLAIN_TOKENS = frozenset({"n", "p", "w", "o", "x", "nx", ""})  # 与正文同色的记号，不必各占一个元素
 
 
@@ -122,8 +121,8 @@ def load(root: Path, site: Path, only: str = "") -> Book:
         title=config["site_name"],
         subtitle=config["site_description"],
         url=config["site_url"],
-        version=_git(root, "describe", "--tags", "--always", "--dirty=（有未提交的改动）"),
-        date=_git(root, "log", "-1", "--format=%cs"),
+        version=git(root, "describe", "--tags", "--always", "--dirty=（有未提交的改动）"),
+        date=git(root, "log", "-1", "--format=%cs"),
         keywords=[tag for tag, _ in sorted(tags.items(), key=lambda item: (-item[1], item[0]))],
     )
     for draft in chapters:
@@ -186,14 +185,6 @@ _Config.add_multi_constructor("", lambda loader, suffix, node: None)
 def _config(root: Path) -> dict[str, str]:
     config = yaml.load((root / "mkdocs.yml").read_text("utf-8"), _Config)  # noqa: S506
     return {name: config.get(name) or "" for name in ("site_name", "site_description", "site_url")}
-
-
-def _git(root: Path, *command: str) -> str:
-    with contextlib.suppress(OSError):
-        done = subprocess.run(["git", *command], cwd=root, capture_output=True, text=True)
-        if not done.returncode:
-            return done.stdout.strip()
-    return ""
 
 
 class _Reader:

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from zhixing import links, notebook, pages, practice, pyodide, report
+from zhixing import history, links, notebook, pages, practice, pyodide, report
 from zhixing.blocks import front_matter_end
 from zhixing.cache import write_atomic
 from zhixing.context import current
@@ -39,6 +39,8 @@ class Build:
         self.project, self._loaded = self._loaded or Project.load(self.root), None
         self.project.execute(self.engine, report.announce)
         self.problems: list[Problem] = self.project.problems
+        self.histories = history.read(self.root)
+        self.commit = history.git(self.root, "rev-parse", "--short", "HEAD")
         self.pages: dict[str, Page] = {}
         self.formulas: dict[str, list[str]] = {}
 
@@ -150,6 +152,21 @@ class Build:
     def finish_notebook(self, example: str, html: str, slugify) -> tuple[str, list[dict]]:
         """修整 mkdocs-jupyter 的输出，返回 ``(HTML, 目录 token)``。"""
         return notebook.finish_html(html, self.formulas[example], slugify)
+
+    def footer(self, uri: str) -> dict[str, Any] | None:
+        """页脚的数据：这一页（或示例）跑过几块、跳过几块，在哪个提交上，谁写的，最近何时更新。"""
+        path = Path(uri)
+        file = f"examples/{path.stem}.py" if path.suffix == ".ipynb" else f"docs/{uri}"
+        outcome = self.project.outcomes.get(file)
+        if outcome is None:
+            return None
+        scan = self.project.scans.get(file)
+        return {
+            "run": len(outcome.unit.blocks),
+            "skipped": sum(bool(block.skip) for block in scan.blocks) if scan else 0,
+            "commit": self.commit,
+            "history": self.histories.get(file),
+        }
 
     # ---- 收尾 ----
 
