@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -278,10 +279,16 @@ def squeeze(page: str) -> str:
         text = re.sub(r"\s*\n\s*", "\n", text)
         text = text.replace(" data-search-exclude", "")  # 索引已经建好
         text = _AROUND_BLOCKS.sub(r"\1", text)
+        text = re.sub(r"(<span class=\"md-ellipsis\">)\s*|\s*(</span>)\n*(?=</a>|</label>)", r"\1\2", text)
         # HTML 里的 <svg> 与 <math> 不需要命名空间
         text = re.sub(r' xmlns="http://www\.w3\.org/(?:2000/svg|1998/Math/MathML)"', "", text)
         parts[i] = re.sub(r"<[a-z][^<>]*>", _unquote, text)
-    return "".join(parts)
+    return re.sub(r'(<script id="__config"[^>]*>)(.*?)(?=</script>)', _compact, "".join(parts))
+
+
+def _compact(config: re.Match[str]) -> str:
+    """主题的设置：汉字不必写成 \\u 转义。"""
+    return config[1] + json.dumps(json.loads(config[2]), ensure_ascii=False, separators=(",", ":")).replace("</", "<\\/")
 
 
 def _unquote(tag: re.Match[str]) -> str:
