@@ -399,7 +399,7 @@ def test_notebook_pages(web, visits):
         body = html[html.index("<article") : html.index("</article>")]
         assert "<style" not in body and "<script" not in body and "ZXMATH" not in body
         facts = visits("light").facts[page]
-        assert facts["figures"] and facts["blocks"] > 3
+        assert facts["figures"] and facts["blocks"] >= 3
 
 
 def test_notebook_page_is_small(web):
@@ -511,7 +511,7 @@ def test_search_in_the_interface(web, browser):
         tab = reader.open("")
         for query, page in {"LoRA显存": "control/lora/", "無分類器": "diffusion/cfg/", "contrlnet": "control/controlnet/"}.items():
             assert page in search(tab, query)[0]
-        marks = tab.locator(".md-search-result__list mark").all_inner_texts()
+        marks = tab.locator(".md-search-result__list mark").all_text_contents()
         assert marks and {m.lower() for m in marks} == {"controlnet"}
         search(tab, "低秩适")
         assert tab.locator(".md-search__suggest").inner_text() == "低秩适配"
@@ -527,8 +527,8 @@ def test_search_that_finds_nothing_says_what_is_missing(web, browser):
         tab = reader.open("")
         search(tab, "龘")
         assert "没有找到" in tab.locator(".md-search-result__meta").inner_text()
-        search(tab, "力学")
-        assert tab.locator(".md-search-result__terms del").first.inner_text() == "力学"
+        search(tab, "零龘")
+        assert tab.locator(".md-search-result__terms del").first.inner_text() == "零龘"
 
 
 # ---- 无障碍 ----

@@ -158,6 +158,8 @@ def _stash(formula: etree.Element, mathml: etree.Element) -> bool:
 
 def _speakable(formula: etree.Element) -> None:
     formula.set("data-tex", " ".join((formula.get("data-tex") or tex_of(formula)).split()))
+    for part in formula.iter(f"{SVG}svg"):
+        part.set("data-part", "formula")
 
 
 def _entry(contents: etree.Element, level: int, target: str, title: str) -> None:
@@ -282,6 +284,9 @@ def _formula_tags() -> Iterator[None]:
             if element["S"] == "/Formula" and "Alt" not in element:
                 source = getattr(box, "_box", box).element  # 绝对定位的盒子外面套着一层
                 element["Alt"] = pydyf.String(source.get("data-tex"))
+            elif element["S"] == "/Figure" and getattr(box, "_box", box).element.get("data-part"):
+                element["S"] = "/Span"  # 根号、长横线也是 SVG，但不是图；公式已有替代文本
+                element.pop("A", None)
             elif element["S"] == "/TH" and "A" in element:
                 element["A"]["Scope"] = "/Column"  # 站点的表头都在第一行
             yield element

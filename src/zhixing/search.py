@@ -20,7 +20,7 @@ from zhixing.errors import ContentError, Problem
 SYNONYMS = "docs/synonyms.txt"
 WORKER = "assets/js/search-worker.js"
 # 读者要找的是讲它的那一页：示例只是佐证，索引页把所有的题抄了一遍
-_BOOST = {"examples/": 0.6, "questions": 0.2, "report": 0.2, "rules": 0.4, "tags": 0.2}
+_BOOST = {"examples/": 0.4, "questions": 0.2, "report": 0.2, "rules": 0.4, "tags": 0.2}
 _MATERIAL_WORKER = re.compile(r"assets/javascripts/workers/search\.\w+\.min\.js")
 
 
@@ -75,6 +75,8 @@ def finish(index: dict[str, Any], synonyms: list[list[str]]) -> dict[str, Any]:
         for prefix, boost in _BOOST.items():
             if doc["location"].startswith(prefix):
                 doc["boost"] = boost
+        if doc["location"].partition("#")[0] in ("", "index.html"):
+            doc["boost"] = 0.4  # 首页的卡片提到许多题
         docs.append(doc)
     used = {char for doc in docs for char in doc["title"] + doc["text"]}
     simplified = "".join(old + new for old, new in _traditional().items() if new in used and old != new)

@@ -20,7 +20,7 @@ const K1 = 1.2 // BM25 的饱和与长度归一
 const B = 0.5
 const PREFIX = 0.6 // 只对上词的开头：正在输入的词
 const TYPO = 0.5 // 差一个字母
-const SYNONYM = 0.8
+const SYNONYM = 1 // 同义词与原词一样好
 const APART = 0.4 // 字都有，但没有连在一起
 const MAX_EXPANSIONS = 20
 const MAX_PAGES = 30
@@ -200,7 +200,7 @@ class Index {
       if (han && term.length > 2) {
         const whole = coverage > 0.999 && doc.folded.includes(term)
         score *= whole ? (doc.foldedTitle.includes(term) ? 2 : 1.5) : APART
-      } else if (locate(doc.foldedTitle, term) >= 0) score *= 1.5
+      } else if (locate(doc.foldedTitle, term) >= 0) score *= doc.location.includes("#") ? 1.5 : 2.5
       return [id, score]
     })
   }
