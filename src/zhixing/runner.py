@@ -104,6 +104,7 @@ class _Page:
         self.spawned = False
         self.escaped: BaseException | None = None  # 线程里没人接的异常
         self.imported: list[str] = []
+        self.ours: frozenset[str] = frozenset()  # 不算第三方的顶层模块：标准库、examples/ 里的、引擎自己
         self.resumed = 0
 
     def attach(self, job: dict[str, Any], progress: int, output: int, result: int) -> None:
@@ -136,6 +137,9 @@ class _Page:
     def begin(self) -> None:
         sys.path.insert(0, os.path.join(self.root, "examples"))
         os.environ["PYTHONPATH"] = sys.path[0]
+        # 页里的代码可能改坏 os 与 sys，收尾要用的先取好
+        local = os.listdir(sys.path[0]) if os.path.isdir(sys.path[0]) else []
+        self.ours = sys.stdlib_module_names | {name.removesuffix(".py") for name in local} | {"zhixing"}
         module = types.ModuleType("__main__")
         module.__file__ = self.job["file"]
         sys.modules["__main__"] = module
@@ -647,10 +651,7 @@ class _Page:
         """import 过的（包括没装的）第三方顶层模块；``*`` 表示全部：起过子进程的页，它用了什么看不见。"""
         if self.spawned:
             return ["*"]
-        found = {name.partition(".")[0] for name in self.imported} - sys.stdlib_module_names - {"zhixing"}
-        examples = os.path.join(self.root, "examples")
-        local = {name.removesuffix(".py") for name in os.listdir(examples)} if os.path.isdir(examples) else set()
-        return sorted(found - local)
+        return sorted({name.partition(".")[0] for name in self.imported} - self.ours)
 
     def dependencies(self) -> dict[str, str]:
         """读过的项目文件（相对项目根目录）与读的时候的样子：被 import 的本地模块与打开过的文件。
