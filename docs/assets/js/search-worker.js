@@ -20,7 +20,7 @@ const K1 = 1.2 // BM25 的饱和与长度归一
 const B = 0.5
 const PREFIX = 0.6 // 只对上词的开头：正在输入的词
 const TYPO = 0.5 // 差一个字母
-const SYNONYM = 1 // 同义词与原词一样好
+const MAX_WRITINGS = 12 // 一句查询最多换成几种说法
 const APART = 0.4 // 字都有，但没有连在一起
 const MAX_EXPANSIONS = 20
 const MAX_PAGES = 30
@@ -205,24 +205,23 @@ class Index {
     })
   }
 
-  /** 同一句查询的几种写法，[词的数组, 权重]：连写与分写、同义词。 */
+  /** 同一句查询的几种写法，各是词的数组：连写与分写、同义词。同义词与原词一样算。 */
   variants(query) {
     const seen = new Map()
-    const add = (text, weight) => {
+    const add = (text) => {
       const terms = (text.match(TOKEN) ?? []).flatMap((token) => (IS_HAN.test(token) ? [token] : token.split(NOT_ALNUM).filter(Boolean)))
-      const key = terms.join(" ")
-      if (terms.length && weight > (seen.get(key)?.[1] ?? 0)) seen.set(key, [terms, weight])
+      if (terms.length) seen.set(terms.join(" "), terms)
     }
-    const writings = [[query, 1]]
+    const writings = [query]
     for (const group of this.synonyms)
       for (const phrase of group)
         if (mentions(query, phrase))
-          for (const other of group) if (other !== phrase) writings.push([query.replace(phrase, ` ${other} `), SYNONYM])
-    for (const [text, weight] of writings.slice(0, 12)) {
-      add(text, weight)
+          for (const other of group) if (other !== phrase) writings.push(query.replace(phrase, ` ${other} `))
+    for (const text of writings.slice(0, MAX_WRITINGS)) {
+      add(text)
       const terms = text.match(TOKEN) ?? []
       terms.forEach((term, i) => {
-        const swap = (count, by) => add([...terms.slice(0, i), by, ...terms.slice(i + count)].join(" "), weight)
+        const swap = (count, by) => add([...terms.slice(0, i), by, ...terms.slice(i + count)].join(" "))
         if (IS_HAN.test(term)) return
         const joined = term.split(NOT_ALNUM).join("")
         if (joined !== term && this.postings.has(joined)) swap(1, joined) // ip-adapter → ipadapter
@@ -240,7 +239,7 @@ class Index {
   score(query) {
     const best = new Map()
     const memory = new Map()
-    for (const [terms, weight] of this.variants(query)) {
+    for (const terms of this.variants(query)) {
       const sums = new Map()
       const distinct = new Set(terms)
       for (const term of distinct) {
@@ -255,7 +254,7 @@ class Index {
       }
       for (const [id, [sum, matched]] of sums) {
         const share = matched / distinct.size
-        const score = sum * share * share * weight * this.docs[id].boost
+        const score = sum * share * share * this.docs[id].boost
         if (score > (best.get(id)?.[0] ?? 0)) best.set(id, [score, terms])
       }
     }
