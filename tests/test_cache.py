@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from zhixing import blocks, cache, cli
 from zhixing.cache import Cache, file_hash, write_atomic
 from zhixing.execute import Engine, Outcome, Unit
+from zhixing.zygote import HEAVY
 
 PAGE = """\
 正文
@@ -478,6 +479,11 @@ def test_a_page_that_starts_processes_depends_on_every_package(site, engine, mon
     assert check(engine).cached
     monkeypatch.setattr(cache, "_installed", lambda: "另一套")
     assert check(engine).why == "包 （装了的全部） 变了"
+
+
+def test_every_preloaded_package_is_in_the_key() -> None:
+    """页进程 fork 出来就带着的包不会再触发 import：它们的版本要在键里。"""
+    assert set(cache._PRELOADED) == HEAVY.keys()
 
 
 # ── zhixing why ───────────────────────────────────────────────────────

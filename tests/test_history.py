@@ -26,8 +26,13 @@ def test_reads_dates_and_authors_of_every_file(tmp_path) -> None:
     assert set(found) == {"docs/a/一.md", "examples/x.py"}
     assert found["docs/a/一.md"] == history.History("2026-03-01", ["甲", "乙"])
     assert found["examples/x.py"] == history.History("2026-01-01", ["甲"])
-    assert len(history.git(tmp_path, "rev-parse", "--short", "HEAD")) >= 7
+    commit_now = history.describe(tmp_path)
+    assert commit_now and history.git(tmp_path, "rev-parse", "HEAD").startswith(commit_now)
+    subprocess.run(["git", "tag", "v1"], cwd=tmp_path, check=True)
+    assert (history.describe(tmp_path), history.describe(tmp_path, tags=True)) == (commit_now, "v1")
+    (tmp_path / "other.txt").write_text("改")
+    assert history.describe(tmp_path) == f"{commit_now}（有未提交的改动）"
 
 
 def test_outside_git_there_is_no_history(tmp_path) -> None:
-    assert history.read(tmp_path) == {} and history.git(tmp_path, "rev-parse", "HEAD") == ""
+    assert history.read(tmp_path) == {} and history.describe(tmp_path) == ""

@@ -70,6 +70,9 @@ def test_finish_keeps_what_the_interface_needs() -> None:
     assert "\u200b" not in json.dumps(index, ensure_ascii=False)
     boosts = {d["location"]: d.get("boost") for d in index["docs"]}
     assert boosts["questions/"] < 1 and boosts["a/cfg/"] is None
+    lighter = ("", "#x", "index.html", "examples/a/", "examples/a.html#b", "tags.html")
+    assert all(d["boost"] < 1 for d in search.finish(material([(at, "甲乙", "", []) for at in lighter]), [])["docs"])
+    assert "boost" not in search.finish(material([("tagsoup/", "甲乙", "", [])]), [])["docs"][0]
     pairs = index["config"]["simplified"]
     table = dict(zip(pairs[::2], pairs[1::2]))
     assert table["無"] == "无" and table["導"] == "导"

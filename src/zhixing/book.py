@@ -7,7 +7,6 @@ Mermaid 图用实色与 SVG 文字。
 
 from __future__ import annotations
 
-import os
 import posixpath
 import re
 import xml.etree.ElementTree as etree
@@ -20,7 +19,7 @@ from urllib.parse import unquote, urldefrag, urljoin, urlsplit
 import yaml
 
 from zhixing import pages
-from zhixing.history import git
+from zhixing.history import describe, git
 from zhixing.project import Project
 
 SVG = "{http://www.w3.org/2000/svg}"
@@ -121,7 +120,7 @@ def load(root: Path, site: Path, only: str = "") -> Book:
         title=config["site_name"],
         subtitle=config["site_description"],
         url=config["site_url"],
-        version=git(root, "describe", "--tags", "--always", "--dirty=（有未提交的改动）"),
+        version=describe(root, tags=True),
         date=git(root, "log", "-1", "--format=%cs"),
         keywords=[tag for tag, _ in sorted(tags.items(), key=lambda item: (-item[1], item[0]))],
     )
@@ -404,17 +403,3 @@ def tex_of(formula: etree.Element) -> str:
     """公式（``math-tex``）的 TeX 原文。"""
     return next((e.text or "" for e in formula.iter(f"{MATH}annotation")), "")
 
-
-def formulas(body: etree.Element) -> Iterator[etree.Element]:
-    yield from body.iter("math-tex")
-
-
-def publish(output: Path, write: Callable[[Path], None]) -> None:
-    """写到旁边的临时文件再改名：失败或被杀都不留下半本书。"""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    temporary = output.with_name(f".{output.name}.{os.getpid()}.tmp")
-    try:
-        write(temporary)
-        os.replace(temporary, output)
-    finally:
-        temporary.unlink(missing_ok=True)

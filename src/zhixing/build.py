@@ -40,7 +40,7 @@ class Build:
         self.project.execute(self.engine, report.announce)
         self.problems: list[Problem] = self.project.problems
         self.histories = history.read(self.root)
-        self.commit = history.git(self.root, "rev-parse", "--short", "HEAD")
+        self.commit = history.describe(self.root)
         self.pages: dict[str, Page] = {}
         self.formulas: dict[str, list[str]] = {}
 

@@ -20,6 +20,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from zhixing.output import publish
+
 _ENGINE_FILES = ("runner.py", "figures.py", "artifacts.py", "sandbox.py", "zygote.py", "execute.py", "judge.py")
 
 
@@ -162,10 +164,4 @@ def _digest(payload: Any) -> str:
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """写到同目录的临时文件再改名。"""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    publish(path, lambda temporary: temporary.write_bytes(content.encode() if isinstance(content, str) else content))

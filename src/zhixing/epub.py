@@ -8,14 +8,14 @@ from __future__ import annotations
 import re
 import uuid
 import xml.etree.ElementTree as etree
-import zipfile
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 from xml.sax.saxutils import escape, quoteattr
 
-from zhixing.book import AUTHOR, MATH, SVG, Book, BookError, Page, publish, tex_of
+from zhixing.book import AUTHOR, MATH, SVG, Book, BookError, Page, tex_of
+from zhixing.output import write_zip
 
 CSS = Path(__file__).with_name("epub.css")
 _XHTML, _EPUB = "http://www.w3.org/1999/xhtml", "http://www.idpf.org/2007/ops"
@@ -48,19 +48,8 @@ def write(book: Book, output: Path) -> Stats:
     """
     made = _Epub(book)
     made.build()
-    sizes: list[int] = []
-
-    def save(path: Path) -> None:
-        with zipfile.ZipFile(path, "w") as archive:
-            for name, data in made.files.items():
-                # 时间写死：同样的内容打出同样的字节；mimetype 按规范排第一、不压缩
-                entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
-                entry.compress_type = zipfile.ZIP_STORED if name == "mimetype" else zipfile.ZIP_DEFLATED
-                archive.writestr(entry, data)
-        sizes.append(path.stat().st_size)
-
-    publish(output, save)
-    return Stats(len(made.spine), made.formulas, sizes[0])
+    write_zip(output, made.files.items(), stored="mimetype")  # 按规范排第一、不压缩
+    return Stats(len(made.spine), made.formulas, output.stat().st_size)
 
 
 class _Epub:

@@ -25,6 +25,12 @@ def git(root: Path, *command: str) -> str:
     return ""
 
 
+def describe(root: Path, tags: bool = False) -> str:
+    """现在是哪个提交（``tags``：有标签就说标签）；工作树改过会写明。"""
+    names = ["--tags"] if tags else ["--exclude=*"]
+    return git(root, "describe", "--always", *names, "--dirty=（有未提交的改动）")
+
+
 def read(root: Path) -> dict[str, History]:
     """一条 ``git log`` 读出 ``docs/`` 与 ``examples/`` 下每个文件的来历。
 

@@ -2,35 +2,23 @@
 
 from __future__ import annotations
 
-import os
-import zipfile
 from pathlib import Path
 
-EPOCH = (1980, 1, 1, 0, 0, 0)  # zip 能记的最早时刻：同样的站点压出同样的字节
+from zhixing.output import write_zip
+
+_UNREAD = {".map", ".gz"}  # 调试用的源码映射、网站地图：从磁盘打开时用不到
 
 
 def pack(site: Path, target: Path) -> int:
-    """把 ``site`` 压成 ``target``，包里只有一个与它同名的目录；返回文件数。先写临时文件再改名。
+    """把 ``site`` 压成 ``target``，包里只有一个与它同名的目录；返回文件数。
 
     Raises:
         FileNotFoundError: 站点还没有建，或不是离线版。
     """
     if not (site / "search" / "search_index.js").is_file():
         raise FileNotFoundError(f"{site} 里没有离线版的站点：先运行 make offline")
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    unread = {".map", ".gz"}  # 调试用的源码映射、网站地图：从磁盘打开时用不到
-    files = sorted(p for p in site.rglob("*") if p.is_file() and p.suffix not in unread)
-    try:
-        with zipfile.ZipFile(temporary, "w", zipfile.ZIP_DEFLATED, compresslevel=9) as package:
-            for path in files:
-                info = zipfile.ZipInfo(f"{target.stem}/{path.relative_to(site).as_posix()}", EPOCH)
-                info.compress_type = zipfile.ZIP_DEFLATED
-                info.external_attr = 0o644 << 16
-                package.writestr(info, path.read_bytes(), compresslevel=9)
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
+    files = sorted(p for p in site.rglob("*") if p.is_file() and p.suffix not in _UNREAD)
+    write_zip(target, ((f"{target.stem}/{p.relative_to(site).as_posix()}", p.read_bytes()) for p in files))
     return len(files)
 
 

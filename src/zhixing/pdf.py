@@ -19,7 +19,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from zhixing.book import AUTHOR, HEADINGS, MATH, SVG, Book, BookError, Page, formulas, publish, tex_of
+from zhixing.book import AUTHOR, HEADINGS, SVG, Book, BookError, Page, tex_of
+from zhixing.output import publish
 
 CSS = Path(__file__).with_name("book.css")
 TEXT_WIDTH = 642  # px：版心宽 170 mm，与 book.css 一致
@@ -112,7 +113,7 @@ def document(book: Book) -> etree.Element:
         contents.insert(0, heading)
     else:
         body.remove(contents)  # 单页不要目录
-    for formula in formulas(body):
+    for formula in body.iter("math-tex"):
         _speakable(formula)
     return html
 
@@ -152,7 +153,7 @@ def _page(section: etree.Element, contents: etree.Element, page: Page, number: s
 
 def _stash(formula: etree.Element, mathml: etree.Element) -> bool:
     """MathML 不显示，留下 TeX 原文。"""
-    formula.set("data-tex", next((e.text or "" for e in mathml.iter(f"{MATH}annotation")), ""))
+    formula.set("data-tex", tex_of(mathml))
     return True
 
 

@@ -19,8 +19,8 @@ from zhixing.errors import ContentError, Problem
 
 SYNONYMS = "docs/synonyms.txt"
 WORKER = "assets/js/search-worker.js"
-# 读者要找的是讲它的那一页：示例只是佐证，索引页把所有的题抄了一遍
-_BOOST = {"examples/": 0.4, "questions": 0.2, "report": 0.2, "rules": 0.4, "tags": 0.2}
+# 网址的第一段 -> 轻重。读者要找的是讲它的那一页：示例只是佐证，索引页与首页把题目抄了一遍
+_BOOST = {"examples": 0.4, "questions": 0.2, "report": 0.2, "rules": 0.4, "tags": 0.2, "": 0.4, "index": 0.4}
 _MATERIAL_WORKER = re.compile(r"assets/javascripts/workers/search\.\w+\.min\.js")
 
 
@@ -72,11 +72,9 @@ def finish(index: dict[str, Any], synonyms: list[list[str]]) -> dict[str, Any]:
     docs = []
     for entry in index["docs"]:
         doc = {k: v.replace("\u200b", "") if isinstance(v, str) else v for k, v in entry.items()}
-        for prefix, boost in _BOOST.items():
-            if doc["location"].startswith(prefix):
-                doc["boost"] = boost
-        if doc["location"].partition("#")[0] in ("", "index.html"):
-            doc["boost"] = 0.4  # 首页的卡片提到许多题
+        top = doc["location"].partition("#")[0].split("/")[0].removesuffix(".html")
+        if top in _BOOST:
+            doc["boost"] = _BOOST[top]
         docs.append(doc)
     used = {char for doc in docs for char in doc["title"] + doc["text"]}
     simplified = "".join(old + new for old, new in _traditional().items() if new in used and old != new)
@@ -97,8 +95,4 @@ def rewrite(site: Path, synonyms: list[list[str]]) -> None:
 
 def use_worker(html: str, root: Path) -> str:
     """页面里的 worker 换成自己的；带上内容的哈希，旧的不会留在浏览器缓存里。"""
-    return _MATERIAL_WORKER.sub(f"{WORKER}?{_fingerprint(root / 'docs' / WORKER)}", html)
-
-
-def _fingerprint(path: Path) -> str:
-    return (file_hash(path) or "")[:8]
+    return _MATERIAL_WORKER.sub(f"{WORKER}?{(file_hash(root / 'docs' / WORKER) or '')[:8]}", html)
