@@ -427,7 +427,7 @@ def site_overhead(bench: Bench, pages: dict[str, list[corpus.Block]], pairs: int
 
 def hot(root: Path, repeats: int) -> dict:
     """进程常驻时：改一块到核对完的延迟；全部命中缓存时每块的开销。"""
-    from zhixing.execute import Engine
+    from zhixing.engine import Engine
     from zhixing.project import Project
 
     engine = Engine(root, checkpoints=True)  # 与 mkdocs serve 相同

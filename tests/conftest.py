@@ -11,7 +11,8 @@ from hypothesis import settings
 # 一个线程：模型都很小；两个线程遇上另一个忙着的进程会互相空等，慢几十倍。要在第一次 import torch 之前
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from zhixing.execute import Engine, ZygoteExecutor
+from zhixing.engine import Engine
+from zhixing.execute import ZygoteExecutor
 
 
 # 机器忙的时候一个例子多花几百毫秒不算错；CI 里用固定的例子，失败都能原样重现

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from zhixing import blocks, cache, cli
 from zhixing.cache import Cache, file_hash, write_atomic
-from zhixing.execute import Engine, Outcome, Unit
+from zhixing.engine import Engine, Outcome, Unit
 from zhixing.zygote import HEAVY
 
 PAGE = """\

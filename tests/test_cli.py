@@ -12,7 +12,7 @@ import pytest
 
 from zhixing import cli, report
 from zhixing.errors import Problem
-from zhixing.execute import Engine
+from zhixing.engine import Engine
 from zhixing.questions import template
 
 GOOD = '正文\n\n```python\nprint(1)\n```\n\n```text title="输出"\n1\n```\n'

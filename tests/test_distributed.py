@@ -8,7 +8,8 @@ import threading
 import time
 
 import pytest
-from zhixing.execute import Engine, connect
+from zhixing.engine import Engine
+from zhixing.execute import connect
 from zhixing.project import Project
 
 distributed = pytest.importorskip("distributed", reason="可选依赖 distributed 没有安装")

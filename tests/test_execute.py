@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from zhixing import blocks, execute, notebook
-from zhixing.execute import Engine, Outcome, Unit, heavy_imports
+from zhixing.engine import Engine, Outcome, Unit, heavy_imports
 
 MARK = "# ←"
 NAP = f"9{os.getpid():07}"  # 页面里写作 987：同时跑的别的测试进程里的 sleep 不会混进来

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from zhixing import cli, mutate, pages
-from zhixing.execute import Engine
+from zhixing.engine import Engine
 from zhixing.project import Project
 
 PAGE = """\

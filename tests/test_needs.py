@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
 
 from zhixing import cli
-from zhixing.execute import Engine, Outcome, ZygoteExecutor
+from zhixing.engine import Engine, Outcome
+from zhixing.execute import ZygoteExecutor
 from zhixing.project import Project
 from zhixing.questions import template
 
@@ -480,13 +483,52 @@ def test_stale_progress_is_not_reused(interrupted, engine, change) -> None:
 
 
 def test_progress_locked_by_another_build_is_left_alone(interrupted, engine) -> None:
-    import fcntl
-
+    """占着不放的那个构建等不来：等到时限就自己从头跑，它的进度一个字节也不动。"""
+    path = interrupted.root / "examples/train.py"
+    path.write_text(path.read_text().replace("timeout: 100", "timeout: 2"))
     (directory,) = (interrupted.root / ".cache/zhixing/scratch").iterdir()
     with open(directory / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         assert out(check(engine)["train"]).startswith("从 0 接着") and check.problems == []
     assert (directory / "files/step").read_text() == "2"
+
+
+WAIT = """\
+import time
+here = zhixing.scratch_path()
+(here / "progress").touch()
+while not (here / "go").exists():
+    if (here / "fail").exists():
+        (here / "fail").unlink()
+        assert False
+    time.sleep(0.02)
+zhixing.output_path("w").write_text("训好了")
+"""
+
+
+@pytest.mark.parametrize("signal_file", ["go", "fail"])
+def test_two_builds_at_once_run_an_example_once(site, engine, signal_file) -> None:
+    """后来的等先来的，用它的结果；先来的失败了，后来的接手。"""
+    site.write("examples/a.py", example("a", WAIT, timeout=30))
+    command = [sys.executable, "-m", "zhixing.cli", "check"]
+    first = subprocess.Popen(command, cwd=site.root, stderr=subprocess.DEVNULL)
+    scratch = site.root / ".cache/zhixing/scratch"
+    deadline = time.monotonic() + 30
+    while not (started := list(scratch.glob("*/files"))):
+        assert time.monotonic() < deadline and first.poll() is None
+        time.sleep(0.02)
+    found: dict[str, Outcome] = {}
+    second = threading.Thread(target=lambda: found.update(check(engine)))
+    second.start()
+    time.sleep(1)
+    assert second.is_alive()
+    (started[0] / signal_file).touch()
+    assert first.wait() == (signal_file == "fail")
+    if signal_file == "fail":
+        (started[0] / "go").touch()
+    second.join()
+    assert check.problems == [] and found["a"].payload["files"]
+    assert ran(found) == ({"a"} if signal_file == "fail" else set())
 
 
 def test_failure_keeps_progress_but_success_of_nothing_leaves_no_trace(site, engine) -> None:

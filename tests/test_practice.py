@@ -8,7 +8,7 @@ from zhixing import blocks, cli, judge, links, mutate, practice
 from zhixing.artifacts import Artifacts
 from zhixing.build import Build
 from zhixing.context import current
-from zhixing.execute import Engine
+from zhixing.engine import Engine
 from zhixing.page import Page
 from zhixing.project import Project
 

@@ -15,7 +15,7 @@ from zhixing.blocks import front_matter_end
 from zhixing.cache import write_atomic
 from zhixing.context import current
 from zhixing.errors import ContentError, Problem
-from zhixing.execute import Engine
+from zhixing.engine import Engine
 from zhixing.inline import images
 from zhixing.page import Page, wrap
 from zhixing.project import Project

@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 from zhixing import notebook, report
-from zhixing.execute import Engine, Outcome, connect
+from zhixing.engine import Engine, Outcome
+from zhixing.execute import connect
 from zhixing.project import Project, find_root
 
 

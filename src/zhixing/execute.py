@@ -1,60 +1,24 @@
-"""执行：挑出要跑的文件，交给 zygote，收结果，核对，写缓存。"""
+"""执行后端：把一个作业交给本机的 zygote 或集群的 worker，收回它留下的结果。"""
 
 from __future__ import annotations
 
-import ast
 import json
 import os
-import queue
 import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from zhixing import files
-from zhixing.blocks import Block
-from zhixing.cache import Cache, key
-from zhixing.errors import Problem
-from zhixing.verify import verify
-from zhixing.zygote import HEAVY
 
 # 子进程只看得到这些环境变量：令牌、代理、主机名之类一概不进去
 _PASS_THROUGH = ("PATH", "LD_LIBRARY_PATH", "CUDA_VISIBLE_DEVICES", "SYSTEMROOT")
-
-
-@dataclass
-class Unit:
-    """一起执行、共享变量的一串代码块：一页，或一个示例。"""
-
-    file: str
-    blocks: list[Block]  # 只含会执行的块
-    kind: str = "page"  # page 或 example
-    needs: tuple[str, ...] = ()  # 上游示例的 id：都成功了才执行
-    needs_line: int = 1
-    threads: int = 1  # 算子用几个线程，也就占几个执行槽
-
-
-@dataclass
-class Outcome:
-    """一个单元的执行结果。"""
-
-    unit: Unit
-    payload: dict[str, Any]  # blocks figures metrics files inputs isolation
-    cached: bool
-    why: str
-    upstream: dict[str, dict[str, str]] = field(default_factory=dict)  # 上游示例 -> 产物名 -> sha256
-    problems: list[Problem] = field(default_factory=list)
-
-    @property
-    def seconds(self) -> float:
-        return sum(b["seconds"] for b in self.payload["blocks"])
 
 
 def clean_environment(root: Path) -> dict[str, str]:
@@ -76,59 +40,6 @@ def clean_environment(root: Path) -> dict[str, str]:
         "OPENBLAS_NUM_THREADS": "1",
         "MKL_NUM_THREADS": "1",
     }
-
-
-def heavy_imports(sources: Iterable[str], root: Path) -> list[str]:
-    """这些代码（连同它们 import 的本地模块）会用到哪些重模块。"""
-    found: set[str] = set()
-    seen: set[Path] = set()
-    stack = list(sources)
-    while stack:
-        try:
-            tree = ast.parse(stack.pop())
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            continue  # 空字符、嵌套太深：执行到那一块时再报
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Import):
-                names = [a.name for a in node.names]
-            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-                names = [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
-            else:
-                continue
-            for name in names:
-                found.add(name.split(".")[0])
-                base = root / "examples" / name.replace(".", "/")
-                for path in (base.with_suffix(".py"), base / "__init__.py"):
-                    if path.is_file() and path not in seen:
-                        seen.add(path)
-                        stack.append(path.read_text("utf-8", "replace"))
-    return sorted(found & HEAVY.keys())
-
-
-def describe_block(block: Block, unit: Unit) -> dict[str, Any]:
-    """块里影响执行结果的部分；``file``、``line`` 只用于报错，不进缓存键。"""
-    file, line = block.code_start
-    return {
-        "lang": block.lang,
-        "source": block.source,
-        "raises": bool(block.raises),
-        "practice": block.practice,
-        "solution": block.solution,
-        "timeout": block.timeout,
-        "memory": block.memory,
-        "echo": unit.kind == "example",
-        "file": file,
-        "line": line,
-    }
-
-
-def _python_of(block: dict[str, Any]) -> str:
-    """块里的 Python 代码；``pycon`` 只取提示符后面的。"""
-    if block["lang"] == "python":
-        return block["source"]
-    if block["lang"] == "pycon":
-        return "\n".join(re.findall(r"^\s*(?:>>>|\.\.\.) (.*)$", block["source"], re.M))
-    return ""
 
 
 class ZygoteExecutor(Executor):
@@ -255,17 +166,17 @@ def _collect(job: dict[str, Any], event: dict[str, Any]) -> dict[str, Any]:
         try:
             payload["files"] = files.collect(Path(job["root"]), Path(f"{job['spool']}.d") / "outputs")
         except (OSError, ValueError) as error:
-            return _lost(job, len(job["blocks"]) - 1, "R309", type(error).__name__, str(error))
+            return lost(job, len(job["blocks"]) - 1, "R309", type(error).__name__, str(error))
         return payload
     status = event["status"]
     if event["late"]:
         timeout = job["blocks"][max(event["block"], 0)]["timeout"]
-        return _lost(job, event["block"], "R304", "Timeout", f"超过 {timeout:g} 秒，已强行结束", output)
+        return lost(job, event["block"], "R304", "Timeout", f"超过 {timeout:g} 秒，已强行结束", output)
     death = f"信号 {-status}" if status < 0 else f"退出码 {status}"
-    return _lost(job, event["block"], "R305", "Died", f"进程意外结束（{death}）", output)
+    return lost(job, event["block"], "R305", "Died", f"进程意外结束（{death}）", output)
 
 
-def _lost(job: dict[str, Any], k: int, code: str, kind: str, message: str, output: str = "") -> dict[str, Any]:
+def lost(job: dict[str, Any], k: int, code: str, kind: str, message: str, output: str = "") -> dict[str, Any]:
     """第 ``k`` 块时没了的一页：只有这一块的错误，别的块无从核对。"""
     k = max(k, 0)
     block = job["blocks"][k]
@@ -274,10 +185,10 @@ def _lost(job: dict[str, Any], k: int, code: str, kind: str, message: str, outpu
     error = {"code": code, "type": kind, "message": message, "file": block["file"], "line": line, "detail": detail}
     blocks = [{"out": "", "error": None, "seconds": 0.0, "figs": []} for _ in range(k)]
     blocks.append({"out": "", "error": error, "seconds": 0.0, "figs": []})
-    return _empty() | {"blocks": blocks, "deps": {}, "truncated": True}
+    return empty() | {"blocks": blocks, "deps": {}, "truncated": True}
 
 
-def _empty() -> dict[str, Any]:
+def empty() -> dict[str, Any]:
     """没有执行任何代码块的结果。"""
     return {"blocks": [], "figures": {}, "metrics": {}, "files": {}, "inputs": {}, "isolation": ""}
 
@@ -298,202 +209,3 @@ def _last_line(output: str, file: str) -> int | None:
     """从回溯里找出本文件最靠近出事点的行号。"""
     found = re.search(rf'File "{re.escape(file)}", line (\d+)', output)
     return int(found[1]) if found else None
-
-
-class Engine:
-    """核对一批单元；zygote 可以跨多次调用常驻（``mkdocs serve``）。"""
-
-    def __init__(
-        self,
-        root: Path,
-        *,
-        workers: int | None = None,
-        cache: bool = True,
-        executor: Executor | None = None,
-        checkpoints: bool = False,
-    ) -> None:
-        self.root = root
-        self.cache = Cache(root / ".cache" / "zhixing" / "results", root)
-        self.use_cache, self.checkpoints = cache, checkpoints
-        self.workers = workers or (
-            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-        )
-        self.executor = executor or ZygoteExecutor(root, self.workers)
-
-    def job(self, unit: Unit, upstream: dict[str, dict[str, str]]) -> dict[str, Any]:
-        blocks = [describe_block(block, unit) for block in unit.blocks]
-        return {
-            "file": unit.file,
-            "root": str(self.root),
-            "checkpoints": self.checkpoints,
-            "blocks": blocks,
-            "imports": heavy_imports(map(_python_of, blocks), self.root),
-            "example": unit.kind == "example",
-            "threads": unit.threads,
-            "inputs": upstream,
-        }
-
-    def unit_key(self, unit: Unit) -> str:
-        # 位置只用于报错；时限放宽或收紧都不改变已经跑完的结果
-        harmless = ("file", "line", "timeout")
-        described = [describe_block(block, unit) for block in unit.blocks]
-        content = [{k: v for k, v in b.items() if k not in harmless} for b in described]
-        return key([unit.file, content, unit.needs, unit.threads])
-
-    def recall(self, unit: Unit, upstream: dict[str, dict[str, str]]) -> tuple[dict[str, Any] | None, str]:
-        """``(缓存的结果或 None, 为什么)``。
-
-        Args:
-            upstream: 上游示例 → 产物名 → sha256，此刻的。
-        """
-        payload, why = self.cache.load(unit.file, self.unit_key(unit))
-        if payload is None:
-            return None, why
-        if any(r["seconds"] >= b.timeout for b, r in zip(unit.blocks, payload["blocks"])):
-            return None, "时限收紧到上次的耗时以下"
-        for name, digest in payload["inputs"].items():
-            example, _, file = name.partition("/")
-            if upstream.get(example, {}).get(file) != digest:
-                return None, f"上游 {example} 的产物 {file} 变了"
-        for name, digest in payload["files"].items():
-            if not files.intact(self.root, digest):
-                return None, f"产物文件 {name} 丢了或损坏"
-        return payload, why
-
-    def explain(self, units: list[Unit]) -> dict[str, tuple[str, str]]:
-        """每个单元 ``(会不会重跑, 为什么)``，不执行任何代码。"""
-        told: dict[str, tuple[str, str]] = {}
-        products: dict[str, dict[str, str]] = {}
-        todo = {unit.file: unit for unit in units}
-        while todo:
-            waiting = {_example_of(u) for u in todo.values()} - {None}
-            ready = [u for u in todo.values() if not waiting & set(u.needs)] or list(todo.values())
-            for unit in ready:
-                del todo[unit.file]
-                stale = [need for need in unit.needs if need not in products]
-                payload, why = self.recall(unit, products)
-                if stale and self.cache.load(unit.file, self.unit_key(unit))[0]:
-                    told[unit.file] = "不一定", f"上游 {'、'.join(stale)} 要先重跑，产物变了它才跟着重跑"
-                    continue
-                if payload and unit.kind == "example":
-                    products[_example_of(unit)] = payload["files"]
-                told[unit.file] = "不用重跑" if payload else "会重跑", why
-        return told
-
-    def check(self, units: list[Unit], progress: Callable[[Outcome], None] = lambda _: None) -> list[Outcome]:
-        """执行（或取缓存）并核对；返回顺序与输入一致。
-
-        上游都成功的单元才交出去；上游失败或不存在的不执行，记一条 E603。
-        """
-        outcomes: dict[str, Outcome] = {}
-        todo = {unit.file: unit for unit in units}
-        examples = {_example_of(unit): unit.file for unit in units}
-        waiting: dict[Future, _Running] = {}
-        done: queue.SimpleQueue[Future] = queue.SimpleQueue()
-        stored = False
-        while todo or waiting:
-            for unit in self._ready(todo, examples, outcomes):
-                broken = [need for need in unit.needs if need not in examples or outcomes[examples[need]].problems]
-                if broken:
-                    outcomes[unit.file] = _blocked(unit, f"因上游 {'、'.join(broken)} 没有成功而未执行")
-                    progress(outcomes[unit.file])
-                    continue
-                upstream = {need: outcomes[examples[need]].payload["files"] for need in unit.needs}
-                payload, why = self.recall(unit, upstream) if self.use_cache else (None, "没有使用缓存")
-                if payload is None and unit.blocks:
-                    future, running = self._submit(unit, upstream, why)
-                    waiting[future] = running
-                    future.add_done_callback(done.put)
-                else:
-                    outcomes[unit.file] = self._finish(unit, payload or _empty(), True, why, upstream, progress)
-            if waiting:
-                future = done.get()
-                running = waiting.pop(future)
-                outcomes[running.unit.file], kept = self._receive(future, running, progress)
-                stored |= kept
-            else:
-                for unit in todo.values():  # 剩下的互相等着
-                    outcomes[unit.file] = _blocked(unit, f"needs 成环（{'、'.join(unit.needs)}），未执行")
-                    progress(outcomes[unit.file])
-                todo.clear()
-        if stored:
-            files.sweep(self.root, self.cache.directory)
-        return [outcomes[unit.file] for unit in units]
-
-    @staticmethod
-    def _ready(todo: dict[str, Unit], examples: dict[str | None, str], outcomes: dict[str, Outcome]) -> Iterable[Unit]:
-        """从 ``todo`` 里逐个取出上游都有了结论的单元；取的途中又有了结论的，跟着取出。"""
-        found = True
-        while found:
-            found = False
-            for unit in list(todo.values()):
-                if all(need not in examples or examples[need] in outcomes for need in unit.needs):
-                    found = True
-                    yield todo.pop(unit.file)
-
-    def _submit(self, unit: Unit, upstream: dict[str, dict[str, str]], why: str) -> tuple[Future, _Running]:
-        unit_key = self.unit_key(unit)
-        scratch = files.Scratch(self.root, key([unit_key, upstream])) if unit.kind == "example" else None
-        job = self.job(unit, upstream) | {"scratch": str(scratch.path) if scratch and scratch.path else None}
-        return self.executor.submit(execute_job, job), _Running(unit, job, unit_key, why, upstream, scratch)
-
-    def _receive(
-        self, future: Future, running: _Running, progress: Callable[[Outcome], None]
-    ) -> tuple[Outcome, bool]:
-        """收下一个作业的结果；返回 ``(结论, 有没有存进缓存)``。"""
-        unit = running.unit
-        try:
-            payload = future.result()
-        except Exception as error:  # 执行后端没了：OOM 杀掉了 zygote，或集群的 worker 一再丢失
-            payload = _lost(running.job, 0, "R305", type(error).__name__, str(error).split("\n")[0])
-        outcome = self._finish(unit, payload, False, running.why, running.upstream, progress)
-        executed = len(payload["blocks"]) == len(unit.blocks)
-        # 期望输出与图由 verify 现判，不算执行失败；块自己报的错误除了声明过的都算
-        failed = any(p.code not in ("R302", "R307") for p in outcome.problems) or any(
-            result["error"] and not block.raises for block, result in zip(unit.blocks, payload["blocks"])
-        )
-        success = executed and not failed
-        if success:
-            self.cache.store(unit.file, running.key, payload, payload.pop("deps"), payload.pop("modules"))
-        if running.scratch:
-            running.scratch.close(success)
-        return outcome, success and bool(payload["files"])
-
-    def _finish(
-        self,
-        unit: Unit,
-        payload: dict[str, Any],
-        cached: bool,
-        why: str,
-        upstream: dict[str, dict[str, str]],
-        progress: Callable[[Outcome], None],
-    ) -> Outcome:
-        outcome = Outcome(unit, payload, cached, why, upstream)
-        pairs = list(zip(unit.blocks, payload["blocks"], strict=False))
-        for block, result in pairs[-1:] if payload.get("truncated") else pairs:
-            outcome.problems += verify(block, result, figures_declared=unit.kind == "page")
-        progress(outcome)
-        return outcome
-
-    def close(self) -> None:
-        self.executor.shutdown()
-
-
-@dataclass
-class _Running:
-    """交出去、还没回来的一个单元。"""
-
-    unit: Unit
-    job: dict[str, Any]
-    key: str
-    why: str
-    upstream: dict[str, dict[str, str]]
-    scratch: files.Scratch | None
-
-
-def _example_of(unit: Unit) -> str | None:
-    return Path(unit.file).stem if unit.kind == "example" else None
-
-
-def _blocked(unit: Unit, reason: str) -> Outcome:
-    return Outcome(unit, _empty(), False, reason, problems=[Problem(unit.file, unit.needs_line, "E603", reason)])

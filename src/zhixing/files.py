@@ -96,16 +96,18 @@ class Scratch:
     """一个单元的断点目录；进程被杀时留着，下次同样的单元接着用。
 
     ``files/`` 是示例看到的目录，``read`` 记着开始用它之后依据了哪些项目文件（路径与哈希）：
-    其中任何一个变了，里面的进度就不能再用，整个清掉。另一个构建正占着它时 :attr:`path` 为 None，
-    示例得到一个用完就没的临时目录。
+    其中任何一个变了，里面的进度就不能再用，整个清掉。用不了时（另一个构建正占着，此时 :attr:`busy`；
+    或者写不进去）:attr:`path` 为 None，示例得到一个用完就没的临时目录。
     """
 
     def __init__(self, root: Path, key: str) -> None:
         self.root = root
+        self.busy = False
         self.path: Path | None = root / ".cache" / "zhixing" / "scratch" / key
         try:
             self._open()
-        except OSError:  # 只读、磁盘满，或别人正占着：不影响结论
+        except OSError as error:  # 只读、磁盘满，或别人正占着：不影响结论
+            self.busy = isinstance(error, BlockingIOError)
             self.path = None
 
     def _open(self) -> None:

@@ -25,7 +25,8 @@ import yaml
 from zhixing import practice
 from zhixing.blocks import Block
 from zhixing.cache import file_hash, write_atomic
-from zhixing.execute import Engine, Unit, execute_job
+from zhixing.engine import Engine, Unit
+from zhixing.execute import execute_job
 from zhixing.project import Project
 
 EQUIVALENTS = Path("tests/equivalent-mutants.yml")

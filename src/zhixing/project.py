@@ -12,7 +12,7 @@ from zhixing import blocks, notebook, questions, search
 from zhixing.artifacts import Artifacts
 from zhixing.cache import file_hash
 from zhixing.errors import ContentError, Problem
-from zhixing.execute import Engine, Outcome, Unit
+from zhixing.engine import Engine, Outcome, Unit
 
 MAX_SKIPPED = 20  # 全站跳过的代码块上限：跳过是例外，不是习惯
 

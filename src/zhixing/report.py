@@ -20,7 +20,7 @@ from typing import IO, Any
 
 from zhixing.cache import write_atomic
 from zhixing.errors import Problem
-from zhixing.execute import Outcome
+from zhixing.engine import Outcome
 from zhixing.project import Project
 
 

@@ -60,7 +60,7 @@ def run(job: dict[str, Any], progress: int, output: int, result: int) -> None:
     """执行 ``job`` 并把结果写进 ``result``；不返回。
 
     Args:
-        job: 见 :func:`zhixing.execute.make_job`。
+        job: 见 :meth:`zhixing.engine.Engine.job`。
         progress: 每块开始时写一行 ``块序号 截止时刻``，死掉时父进程据此给出行号。
         output: 截获标准输出与标准错误的文件。
         result: 写结果 JSON 的文件。
