@@ -99,4 +99,6 @@ def size(svg: str) -> tuple[int, int]:
 def to_dark(svg: str) -> str:
     """换成暗色版；只换颜色，几何不变。"""
     pattern = re.compile("|".join(map(re.escape, DARK)), re.I)
+    # 纯黑的文字 matplotlib 不写 fill，靠 SVG 的缺省值：把缺省值也换掉
+    svg = svg.replace("<svg ", f'<svg fill="{DARK["#000000"]}" ', 1)
     return pattern.sub(lambda m: DARK[m.group().lower()], svg)

@@ -185,7 +185,7 @@ def _passed(block: Block, result: dict[str, Any]) -> str:
     if block.practice == practice.TESTS:
         return f"已运行，参考解 {block.solution} 通过"
     if block.raises:
-        return f"已运行，按声明抛出 {block.raises.partition(':')[0]}" if block.lang != "bash" else f"已运行，按声明 {block.raises}"
+        return f"已运行，按声明{'' if block.lang == 'bash' else '抛出'} {block.raises}"
     return "已运行，输出一致" if block.expected else "已运行"
 
 
