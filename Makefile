@@ -32,7 +32,7 @@ check: env ## 只核对代码块，不建站
 
 test: env-dev assets ## 全部测试：单元、数值对照、坏输入、真实浏览器
 	bash scripts/system-deps.sh test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 env:
 	@bash scripts/system-deps.sh site

@@ -20,6 +20,13 @@ settings.register_profile("zhixing", deadline=None, derandomize="CI" in os.envir
 settings.load_profile("zhixing")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """最慢的文件排在最前：几个核分着跑时，不会最后只剩它一个。"""
+    slow = ("test_site.py", "test_build.py", "test_execute.py", "test_book.py")
+    rank = {name: k for k, name in enumerate(slow)}
+    items.sort(key=lambda item: rank.get(item.path.name, len(slow)))
+
+
 class Site:
     """一个最小项目：``mkdocs.yml``、``docs/``、``examples/``。"""
 
