@@ -228,6 +228,20 @@ for r, scale in enumerate(SHOWN):
 zhixing.figure("grid", fig)
 
 # %% [markdown]
+# 每个 $s$ 单独画大一点：正文里拖滑条看。
+
+# %%
+for scale in SHOWN:
+    fig, axes = plt.subplots(2, 8, figsize=(7.2, 2.1))
+    for row, name in zip(axes, models):
+        for ax, picture in zip(row, pictures[name, scale]):
+            ax.imshow(((picture + 1) / 2).clamp(0, 1).permute(1, 2, 0))
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+        row[0].set_ylabel(name)
+    zhixing.figure(f"s_{scale:g}".replace(".", ""), fig)
+
+# %% [markdown]
 # ## 负提示词
 #
 # “一个圆”没说颜色和位置。把空条件换成“红色的圆”或“圆在左上”，数一数画出来的是什么。

@@ -160,25 +160,28 @@ def draw(text, valid, seed):
 
 
 def attend(text, valid, seed):
-    """边画边记注意力：图 (B, 3, 24, 24) 与热力图 (步, 层, B, L, 6, 6)。"""
-    seen = []
+    """边画边记注意力：图 (B, 3, 24, 24)、热力图 (步, 层, B, L, 6, 6)、第一张图逐头的 (步, 层, 头, L, 6, 6)。"""
+    seen, heads = [], []
 
     def record(layer, inputs):
         x, cond = inputs
-        w = layer.weights(x, cond.text, cond.valid).mean(1).transpose(1, 2)        # (B, L, HW) 各头平均
+        w = layer.weights(x, cond.text, cond.valid).transpose(2, 3)                # (B, 头, L, HW)
         side = int(w.shape[-1] ** 0.5)
-        seen.append(F.interpolate(w.unflatten(-1, (side, side)), size=(6, 6)).detach())
+        w = w.unflatten(-1, (side, side)).detach()
+        seen.append(F.interpolate(w.mean(1), size=(6, 6)))                         # (B, L, 6, 6) 各头平均
+        heads.append(F.interpolate(w[0], size=(6, 6)))                             # (头, L, 6, 6) 第一张图的，不平均
 
     hooks = [m.register_forward_pre_hook(record) for m in sd.unet.modules() if isinstance(m, unet.CrossAttention)]
     images = draw(text, valid, seed)
     for hook in hooks:
         hook.remove()
-    return images, torch.stack(seen).unflatten(0, (STEPS, len(hooks)))
+    return images, *(torch.stack(each).unflatten(0, (STEPS, len(hooks))) for each in (seen, heads))
 
 
 attrs = two_characters(60, seeded(3))
 captions = world.captions(attrs)
-images, maps = attend(*sd.encode(captions), seed=0)
+images, maps, heads = attend(*sd.encode(captions), seed=0)
+assert torch.allclose(heads.mean(2), maps[:, :, 0], atol=1e-6)       # 各头平均就是上面的热力图
 assert judge.score(images, attrs)["all"] > 0.9
 zhixing.metric("cross_attention_layers", maps.shape[1])
 
@@ -238,6 +241,29 @@ for row, k in zip(axes, (0, 1, 4, 7)):
         ax.set_title(token, fontsize=8)
         ax.axis("off")
 zhixing.figure("heat", fig)
+
+# %% [markdown]
+# 平均之前，各头看的地方并不一样。第一张图，每个头一张：行是层（浅到深再到浅），列是字。
+
+# %%
+tokens = ["始", *captions[0], "终"]
+for k, head in enumerate(heads.mean(0).transpose(0, 1), 1):                         # (层, L, 6, 6)
+    fig, axes = plt.subplots(len(head), len(tokens), figsize=(6.2, 4.4), layout="constrained")
+    for row, layer in zip(axes, head):
+        for ax, h in zip(row, layer):
+            ax.imshow(h, cmap="viridis", vmin=0, vmax=layer.max())
+            ax.set(xticks=[], yticks=[])
+            ax.spines[:].set_visible(False)
+    for ax, token in zip(axes[0], tokens):
+        ax.set_title(token, fontsize=8)
+    for n, ax in enumerate(axes[:, 0], 1):
+        ax.set_ylabel(f"第 {n} 层", fontsize=7, rotation=0, ha="right", va="center")
+    zhixing.figure(f"head_{k}", fig)
+last = heads.mean(0)[:, :, 9]                                                        # (层, 头, 6, 6) “终”的
+each = (last * inside[0]).mean((2, 3)) / last.mean((2, 3))                          # “终”在每层每头的内外比
+zhixing.metric("head_ratio_low", each.min().item())
+zhixing.metric("head_ratio_high", each.max().item())
+assert each.max() > 1.5 * each.min()                                                # 头与头差得远
 
 # %%
 fig, (ax, bx) = plt.subplots(1, 2, figsize=(8, 2.9), layout="constrained")
