@@ -52,7 +52,7 @@
     bars.className = "zx-bars"
     for (const [word] of rows) {
       const item = document.createElement("li")
-      item.innerHTML = `<span></span><i></i><output></output>`
+      item.innerHTML = `<span></span><i></i><span></span>`
       item.firstElementChild.textContent = word
       bars.append(item)
     }
@@ -77,7 +77,8 @@
       const max = knob.max ?? rows.length
       const input = Object.assign(document.createElement("input"), { type: "range", min, max, step, value: knob.value ?? max })
       input.name = key
-      const shown = document.createElement("output")
+      input.setAttribute("aria-label", name)
+      const shown = document.createElement("b")
       const read = () => { shown.textContent = values[key] = Number(input.value) }
       input.addEventListener("input", () => { read(); update() })
       read()

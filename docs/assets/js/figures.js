@@ -20,14 +20,15 @@
     const row = document.createElement("label")
     row.className = "zx-slider"
     const range = Object.assign(document.createElement("input"), { type: "range", min: 0, max: labels.length - 1, step: 1 })
-    const shown = document.createElement("output")
+    range.setAttribute("aria-label", name)
+    const shown = document.createElement("b")
     row.append(`${name} = `, shown, range)
     set.before(row)
 
     const show = (i) => {
       range.value = i
       shown.textContent = settings[i][1]
-      range.setAttribute("aria-valuetext", `${name} = ${settings[i][1]}`)
+      range.setAttribute("aria-valuetext", settings[i][1])
     }
     range.addEventListener("input", () => {
       inputs[range.value].checked = true
