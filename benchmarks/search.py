@@ -129,12 +129,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--dry", action="store_true", help="只打印，不写 README.md")
     args = parser.parse_args()
-    if not (args.site / "search/search_index.json").is_file():
+    if not (args.site / "search/docs.json").is_file():
         sys.exit(f"没有站点 {args.site}：先 make site")
     python = bench_python()
     theme = Path(material.__file__).parent / "templates"
     separator = json.loads(re.search(r'"search.config.separator": (".*?[^\\]")', (theme / "partials/languages/zh.html").read_text("utf-8"))[1])
-    ours = json.loads((args.site / "search/search_index.json").read_text("utf-8"))
+    ours = json.loads((args.site / "search/docs.json").read_text("utf-8"))
     expected = cases(ours)
     queries = [query for query, _ in expected]
     with tempfile.TemporaryDirectory() as top:

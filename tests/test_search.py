@@ -243,6 +243,36 @@ def test_speaks_materials_protocol() -> None:
     index = json.dumps(search.finish(material(DOCS), SYNONYMS))
     context.eval("(text) => hear({data: {type: 0, data: JSON.parse(text)}})")(index)
     context.eval("hear({data: {type: 2, data: 'cfg'}})")
+    while context.execute_pending_job():
+        pass
     said = json.loads(context.eval("JSON.stringify(said)"))
     assert [message["type"] for message in said] == [1, 3]
     assert said[1]["data"]["items"][0][0]["location"] == "a/cfg/"
+
+
+def test_lazy_index_is_taken_once_and_again_after_a_failure() -> None:
+    """只说了索引在哪里：先答应着，查询来了才取；取不到不当作没有结果，下次再取。"""
+    context = quickjs.Context()
+    context.eval("""
+        var said = [], taken = [], ok = false, hear
+        var postMessage = (m) => said.push(m), location = "https://x.test/v1/assets/js/search-worker.js"
+        var URL = function (path) { this.path = path }
+        globalThis.addEventListener = (_, f) => { hear = f }
+        var fetch = async (url) => { taken.push(url.path); return { ok, status: 503, json: async () => JSON.parse(text) } }
+        var ask = () => { hear({ data: { type: 2, data: "cfg" } }).catch(() => {}) }
+    """)
+    context.set("text", json.dumps(search.finish(material(DOCS), SYNONYMS)))
+    context.eval(WORKER.read_text("utf-8"))
+
+    def run(code: str) -> list[int]:
+        context.eval(code)
+        while context.execute_pending_job():
+            pass
+        return [message["type"] for message in json.loads(context.eval("JSON.stringify(said)"))]
+
+    assert run("hear({data: {type: 0, data: {config: {more: 'docs.json?1234'}, docs: []}}})") == [1]
+    assert context.eval("taken.length") == 0
+    assert run("hear({data: {type: 2, data: ''}})") == [1, 3] and context.eval("taken.length") == 0
+    assert run("ask()") == [1, 3]                                  # 取不到
+    assert run("ok = true; ask(); ask()") == [1, 3, 3, 3]
+    assert json.loads(context.eval("JSON.stringify(taken)")) == ["../../search/docs.json?1234"] * 2

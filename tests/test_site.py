@@ -362,7 +362,7 @@ def test_palette_toggle_switches_figures(web, browser):
 def test_loaded_page_keeps_working_offline(web, browser):
     with Reader(browser, web, **MODES["light"]) as reader:
         tab = reader.open("control/lora/")
-        search(tab, "LoRA")  # 索引与 worker 在页面加载时就取回
+        search(tab, "LoRA")  # 搜过一次，索引就在了
         tab.keyboard.press("Escape")
         reader.context.set_offline(True)
         assert "control/lora/" in search(tab, "低秩")[0]
@@ -523,6 +523,22 @@ def test_search_in_the_interface(web, browser):
         tab.wait_for_url("**/control/lora/**")
         tab.wait_for_selector("article mark[data-md-highlight]")  # 打开的页面里标出查询
         assert reader.errors == [] and reader.external == []
+
+
+def test_search_index_waits_for_the_reader(web, browser):
+    """几百 KB 的索引不拖慢打开页面：光标进了搜索框才取，只取一次。"""
+    with Reader(browser, web, **MODES["light"]) as reader:
+        taken = []
+        reader.context.on("request", lambda r: "/search/docs.json" in r.url and taken.append(r.url))
+        tab = reader.open("")
+        tab.wait_for_function("document.querySelector('.md-search__input')?.placeholder")
+        tab.wait_for_timeout(1000)
+        assert taken == []
+        with reader.context.expect_event("request", lambda r: "/search/docs.json" in r.url):
+            tab.locator(".md-search__input").focus()
+        search(tab, "低秩")
+        search(tab, "零卷积")
+        assert len(taken) == 1
 
 
 def test_search_that_finds_nothing_says_what_is_missing(web, browser):

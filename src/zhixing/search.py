@@ -5,6 +5,7 @@ worker 在 ``docs/assets/js/search-worker.js``；它替换 Material 的，界面
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import unicodedata
@@ -82,11 +83,22 @@ def finish(index: dict[str, Any], synonyms: list[list[str]]) -> dict[str, Any]:
     return {"config": kept | {"synonyms": synonyms, "simplified": simplified}, "docs": docs}
 
 
-def rewrite(site: Path, synonyms: list[list[str]]) -> None:
-    """改写站点里的索引，删掉 Material 的 worker 与 lunr 的各国语言包。"""
+def rewrite(site: Path, synonyms: list[list[str]], *, lazy: bool) -> None:
+    """改写站点里的索引，删掉 Material 的 worker 与 lunr 的各国语言包。
+
+    Args:
+        lazy: 索引另放一个文件，要搜时才取；Material 一打开页面就取的 ``search_index.json`` 只说它在哪里。
+            离线包里没有 fetch，不能这样。
+    """
     path = site / "search" / "search_index.json"
     index = finish(json.loads(path.read_text("utf-8")), synonyms)
-    write_atomic(path, json.dumps(index, ensure_ascii=False, separators=(",", ":")))
+    text = json.dumps(index, ensure_ascii=False, separators=(",", ":"))
+    if lazy:
+        write_atomic(path.with_name("docs.json"), text)
+        more = f"docs.json?{hashlib.sha256(text.encode()).hexdigest()[:8]}"
+        config = {name: index["config"][name] for name in ("lang", "separator")}  # Material 只转交 config 与 docs
+        text = json.dumps({"config": config | {"more": more}, "docs": []})
+    write_atomic(path, text)
     scripts = site / "assets" / "javascripts"
     unused = [*scripts.glob("workers/search.*"), *scripts.glob("lunr/**/*")]
     for file in sorted(unused, reverse=True):

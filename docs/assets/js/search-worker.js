@@ -263,7 +263,7 @@ class Index {
 
   search(raw) {
     const query = fold(raw).trim()
-    if (!query.match(TOKEN)) return { items: [], suggest: [] }
+    if (!query.match(TOKEN)) return NOTHING
     let scores = this.score(query)
     const near = !scores.size
     if (near) scores = this.score([...query].filter((char) => IS_HAN.test(char)).join(" ")) // 一个两字组合都没有：按单字找相近的
@@ -402,11 +402,32 @@ function excerpt(text, found, size = 160) {
   return `${from ? "…" : ""}${mark(text, found, from, from + size)}${from + size < text.length ? "…" : ""}`
 }
 
-let index = null
+const NOTHING = { items: [], suggest: [] }
+let source = null // 页面交来的：整个索引，或只说了索引在哪里
+let index = null // 装好的索引（Promise）
 
-globalThis.addEventListener?.("message", ({ data: { type, data } }) => {
+/** 装索引，只装一次；线上的索引有几百 KB，等读者真的要搜才取。取不到时下一次查询再试。 */
+function load() {
+  index ??= (source.config.more ? fetchIndex(new URL(`../../search/${source.config.more}`, location)) : Promise.resolve(source))
+    .then((data) => new Index(data))
+    .catch((error) => { index = null; throw error })
+  return index
+}
+
+async function fetchIndex(url) {
+  const response = await fetch(url)
+  if (!response.ok) throw new Error(`取不到搜索索引：${response.status} ${url}`)
+  return response.json()
+}
+
+globalThis.addEventListener?.("message", async ({ data: { type, data } }) => {
   if (type === 0) {
-    index = new Index(data)
+    source = data
+    index = null
+    if (!source.config.more) await load()
     postMessage({ type: 1 })
-  } else if (type === 2) postMessage({ type: 3, data: index.search(data) })
+  } else if (type === 2) postMessage({ type: 3, data: data.trim() ? (await load()).search(data) : NOTHING }) // 界面一上来就问一次空的
 })
+
+// 光标一进搜索框页面就说一声（overrides/main.html），打字时索引多半已经到了
+if (globalThis.BroadcastChannel) new BroadcastChannel("zhixing-search").onmessage = () => source && load()
