@@ -5,7 +5,7 @@ from pathlib import Path
 from mkdocs.exceptions import PluginError
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
-from zhixing import build, report
+from zhixing import build, fonts, report
 from zhixing.errors import ContentError
 from zhixing.links import Rendered
 
@@ -83,6 +83,11 @@ def on_env(env, config, files):
     for uri, text in b.extra_files().items():
         files.append(File.generated(config, uri, content=text))
     return env
+
+
+@event_priority(-50)  # 全部页面写好之后
+def on_post_build(config):
+    fonts.subset(Path(config.site_dir), _build(config).root / ".cache" / "zhixing" / "fonts")
 
 
 def on_shutdown():
