@@ -12,7 +12,7 @@
 
 ``cond`` 是基座自己的条件（类别、文本特征与掩码……），ControlNet 不解释它，只转交给副本的 embed。
 
-文件末尾的 ``TinyUNet`` 是满足这份约定的最小像素基座；换成别的基座时这里不用改。
+``minisd.unet.UNet`` 满足这份约定；换成别的基座时这里不用改。
 
 公式（第 3.1 节）：块 F 的输出 y = F(x; Θ) 变成 y_c = F(x; Θ) + Z(F(x + Z(c; Θ_z1); Θ_c); Θ_z2)，
 Z 是零卷积，c 是条件，Θ 锁定，Θ_c 是副本。形状或接法不合约定时抛 ValueError。
@@ -20,9 +20,7 @@ Z 是零卷积，c 是条件，Θ 锁定，Θ_c 是副本。形状或接法不�
 
 # --8<-- [start:zero]
 import copy
-import math
 
-import torch
 from torch import nn
 from torch.nn import functional as F
 
@@ -41,6 +39,13 @@ class ZeroConv(nn.Conv2d):
         nn.init.zeros_(self.weight)
         nn.init.zeros_(self.bias)
 # --8<-- [end:zero]
+
+
+# --8<-- [start:edges]
+def edges(mask):
+    """边缘图：3×3 邻域里遮罩的最大值与最小值之差过半的像素为 1。(N, 1, S, S) → 同形，取值 0 或 1"""
+    return (F.max_pool2d(mask, 3, 1, 1) + F.max_pool2d(-mask, 3, 1, 1) > 0.5).float()
+# --8<-- [end:edges]
 
 
 # --8<-- [start:hint]
@@ -115,7 +120,7 @@ class Controlled(nn.Module):
     """锁定的基座 + 一个或多个 ControlNet；多个 ControlNet 的残差直接相加。
 
     构造时把基座锁住（``requires_grad_(False)`` 且恒为 eval）。
-    基座已经受控、或同一个 ControlNet 接了两次时抛 ValueError。
+    基座已经受控、同一个 ControlNet 接了两次、或 ControlNet 是给别的结构训的，抛 ValueError。
     """
 
     def __init__(self, base, *controls):
@@ -125,6 +130,10 @@ class Controlled(nn.Module):
             raise ValueError("至少要接一个 ControlNet")
         if len({id(c) for c in controls}) != len(controls):
             raise ValueError("同一个 ControlNet 接了两次，残差会翻倍；要加强请调 scale")
+        want = [block.out_channels for block in [*base.encoder, base.middle]]
+        for i, c in enumerate(controls):
+            if (got := [z.out_channels for z in [*c.zero_skips, c.zero_middle]]) != want:
+                raise ValueError(f"第 {i} 个 ControlNet 的残差通道是 {got}，这个基座要 {want}：它是给别的基座训的")
         self.base = base.requires_grad_(False).eval()
         self.controls = nn.ModuleList(controls)
 
@@ -156,107 +165,4 @@ def check_base(base):
     for name, block in [*((f"encoder[{i}]", b) for i, b in enumerate(base.encoder)), ("middle", base.middle)]:
         if not isinstance(getattr(block, "out_channels", None), int):
             raise ValueError(f"基座的 {name} 缺少整数属性 out_channels")
-
-
-def add_residuals(features, residuals):
-    """给基座用：features 与 residuals 逐个相加，个数或形状不符时抛 ValueError。"""
-    if len(residuals) != len(features):
-        raise ValueError(f"要 {len(features)} 个残差（{len(features) - 1} 条跳连 + 中间块），收到 {len(residuals)} 个")
-    for i, (f, r) in enumerate(zip(features, residuals, strict=True)):
-        if r.shape != f.shape:
-            raise ValueError(f"第 {i} 个残差的形状必须是 {tuple(f.shape)}，收到 {tuple(r.shape)}")
-    return [f + r for f, r in zip(features, residuals, strict=True)]
 # --8<-- [end:check]
-
-
-# --8<-- [start:unet]
-class Embed(nn.Module):
-    """时间（与可选的类别）嵌入：t (B,)、y (B,) → (B, dim)。类别 0 约定为“空提示”。"""
-
-    def __init__(self, dim, classes=0):
-        super().__init__()
-        self.dim = dim
-        self.mlp = nn.Sequential(nn.Linear(dim, dim), nn.SiLU(), nn.Linear(dim, dim))
-        self.label = nn.Embedding(classes, dim) if classes else None
-
-    def forward(self, t, y=None):
-        k = torch.arange(self.dim // 2, device=t.device)
-        angle = t[:, None] * torch.exp(-math.log(10_000) * k / (self.dim // 2))       # (B, dim/2)
-        wave = torch.cat([angle.cos(), angle.sin()], 1)                               # (B, dim)
-        emb = self.mlp(wave.to(self.mlp[0].weight))                                   # 与权重同精度
-        return emb if self.label is None or y is None else emb + self.label(y)
-
-
-class Block(nn.Module):
-    """残差块；``stride=2`` 时先降采样。(B, C_in, H, W) → (B, C_out, H/stride, W/stride)"""
-
-    def __init__(self, in_channels, out_channels, dim, stride=1):
-        super().__init__()
-        self.out_channels = out_channels
-        self.skip = nn.Conv2d(in_channels, out_channels, stride, stride=stride)
-        self.norm1, self.norm2 = nn.GroupNorm(4, in_channels), nn.GroupNorm(4, out_channels)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, stride=stride, padding=1)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.emb = nn.Linear(dim, out_channels)
-        self.act = nn.SiLU()
-
-    def forward(self, h, emb):
-        r = self.conv1(self.act(self.norm1(h))) + self.emb(self.act(emb))[:, :, None, None]
-        return self.skip(h) + self.conv2(self.act(self.norm2(r)))
-
-
-class Stem(nn.Conv2d):
-    """输入卷积：encoder 的第 0 块，不看 emb。每 2×2 个像素并成一个位置。(B, C, H, W) → (B, C_0, H/2, W/2)"""
-
-    def __init__(self, in_channels, out_channels):
-        super().__init__(4 * in_channels, out_channels, 3, padding=1)
-
-    def forward(self, x, emb):
-        return super().forward(F.pixel_unshuffle(x, 2))
-
-
-class TinyUNet(nn.Module):
-    """两级像素 U-Net：(B, C, H, W)、t (B,) → (B, C, H, W)，H、W 是 4 的倍数。
-
-    encoder 的排法与 SD 相同：输入卷积、每级若干残差块、级与级之间一次降采样，
-    每一块都留一条跳连，这里共 4 条。每 2×2 个像素先并成一个位置，所以特征的边长是 H/2。
-    """
-
-    def __init__(self, channels=1, width=(32, 48), classes=0, dim=64):
-        super().__init__()
-        a, b = width
-        self.embed = Embed(dim, classes)
-        self.encoder = nn.ModuleList([
-            Stem(channels, a),                 # (B, a, H/2, W/2)
-            Block(a, a, dim),                  # (B, a, H/2, W/2)
-            Block(a, a, dim, stride=2),        # (B, a, H/4, W/4)
-            Block(a, b, dim),                  # (B, b, H/4, W/4)
-        ])
-        self.middle = Block(b, b, dim)         # (B, b, H/4, W/4)
-        self.decoder = nn.ModuleList([         # 输入通道 = 上一块的输出 + 跳连，与 encoder 次序相反
-            Block(b + b, b, dim),              # (B, b, H/4, W/4)
-            Block(b + a, a, dim),              # (B, a, H/4, W/4)
-            Block(a + a, a, dim),              # (B, a, H/2, W/2)
-            Block(a + a, a, dim),              # (B, a, H/2, W/2)
-        ])
-        self.out = nn.Sequential(
-            nn.GroupNorm(4, a), nn.SiLU(), nn.Conv2d(a, 4 * channels, 3, padding=1), nn.PixelShuffle(2)
-        )
-
-    def forward(self, x, t, *cond, residuals=None):
-        if x.ndim != 4 or x.shape[2] % 4 or x.shape[3] % 4:
-            raise ValueError(f"x 的形状必须是 (B, C, H, W) 且 H、W 是 4 的倍数，收到 {tuple(x.shape)}")
-        emb = self.embed(t, *cond)
-        h, skips = x, []
-        for block in self.encoder:
-            h = block(h, emb)
-            skips.append(h)
-        h = self.middle(h, emb)
-        if residuals is not None:                               # ControlNet 的入口：只动送往解码器的东西
-            *skips, h = add_residuals([*skips, h], residuals)
-        for block in self.decoder:
-            skip = skips.pop()
-            h = F.interpolate(h, skip.shape[2:])                 # 边长与跳连对齐；已经一样时什么也不做
-            h = block(torch.cat([h, skip], 1), emb)
-        return self.out(h)
-# --8<-- [end:unet]
