@@ -212,6 +212,13 @@ for line, scale in zip(axes[1:], (0.0, 0.5, 1.0, 1.5)):
     show(line, rows["clash", scale], f"λ = {scale:g}")
 zhixing.figure("clash", fig)
 
+for scale in SCALES:                                                             # 每个 λ 一张，正文里拖滑条看
+    fig, axes = plt.subplots(3, 8, figsize=(7.2, 3.1))
+    show(axes[0], reference.image, "参考图")
+    show(axes[1], rows["quiet", scale], "没说颜色")
+    show(axes[2], rows["clash", scale], "处处冲突")
+    zhixing.figure(f"scale_{100 * scale:.0f}", fig)
+
 # %% [markdown]
 # 换一批参考图、描述与噪声，λ = 1 再量一次；三个适配器并排。
 
