@@ -5,13 +5,15 @@ export NO_MKDOCS_2_WARNING := 1
 export DISABLE_MKDOCS_2_WARNING := true
 BIN := .venv/bin
 
-.PHONY: serve site offline pdf epub print-site test check screenshot lock assets env env-dev clean
+.PHONY: serve site dist offline pdf epub print-site test check screenshot lock assets env env-dev clean
 
 serve: env assets ## 构建并在 http://127.0.0.1:8000 预览，保存即更新
 	$(BIN)/mkdocs serve --livereload
 
 site: env assets ## 只构建到 site/
 	$(BIN)/mkdocs build
+
+dist: offline pdf epub ## 发布的附件：离线包、PDF、EPUB 都在 dist/
 
 offline: env assets ## 离线包 dist/zhixing-offline.zip：解开双击 index.html，搜索、公式、图、练习都能用
 	$(BIN)/mkdocs build -f mkdocs.offline.yml -d .cache/offline/site
