@@ -82,6 +82,20 @@ def test_diamond_runs_in_order_and_sides_in_parallel(site, engine, tmp_path) -> 
     assert order[0] == "z" and order[3] == "a" and set(order[1:3]) == {"m", "n"}
 
 
+def test_the_one_others_wait_for_goes_first(site, tmp_path) -> None:
+    """只有一个执行槽：没有下游的排在后面，哪怕它早就可以跑、有下游的后来才轮到。"""
+    log = tmp_path / "log"
+    note = f'open({str(log)!r}, "a").write("%s ")\n'
+    for name, needs in {"a": "[]", "b": "[]", "y": "[]", "x": "[y]", "c": "[x]"}.items():
+        site.write(f"examples/{name}.py", example(name, note % name + 'zhixing.output_path("a").write_text("1")\n', needs=needs))
+    one = Engine(site.root, workers=1)
+    try:
+        check(one)
+    finally:
+        one.close()
+    assert check.problems == [] and log.read_text().split() == ["y", "x", "a", "b", "c"]
+
+
 def test_unrelated_units_do_not_wait(site, engine, tmp_path) -> None:
     """上游还在跑的时候，与它无关的页要能跑完。"""
     gate = tmp_path / "gate"

@@ -202,8 +202,10 @@ class Engine:
         waiting: dict[Future, _Running] = {}
         done: queue.SimpleQueue[Future] = queue.SimpleQueue()
         elsewhere: dict[str, tuple[Unit, float]] = {}  # 另一个构建正在跑的，等到什么时候为止
+        queued: list[_Queued] = []  # 要跑的示例；不一股脑交出去，好让后到的、有许多下游的先跑
+        downstream = _downstream(units, examples)
         stored = False
-        while todo or waiting or elsewhere:
+        while todo or waiting or elsewhere or queued:
             for unit in chain([unit for unit, _ in elsewhere.values()], self._ready(todo, examples, outcomes)):
                 broken = [need for need in unit.needs if need not in examples or outcomes[examples[need]].problems]
                 if broken:
@@ -217,12 +219,21 @@ class Engine:
                     if time.monotonic() < until:
                         continue
                 elsewhere.pop(unit.file, None)
-                if payload is None and unit.blocks:
-                    future, running = self._submit(unit, upstream, why, scratch)
-                    waiting[future] = running
-                    future.add_done_callback(done.put)
-                else:
+                if payload is not None or not unit.blocks:
                     outcomes[unit.file] = self._finish(unit, payload or empty(), True, why, upstream, progress)
+                else:
+                    queued.append(_Queued(unit, upstream, why, scratch))
+            queued.sort(key=lambda item: -downstream[item.unit.file])
+            active = sum(item.unit.kind == "example" for item in waiting.values())
+            for item in list(queued):
+                if item.unit.kind == "example":
+                    if active >= getattr(self.executor, "workers", active + 1):  # 集群自己排队，全交出去
+                        continue
+                    active += 1
+                queued.remove(item)
+                future, running = self._submit(item)
+                waiting[future] = running
+                future.add_done_callback(done.put)
             if waiting or elsewhere:
                 try:
                     future = done.get(timeout=POLL if elsewhere else None)
@@ -269,11 +280,10 @@ class Engine:
                 return payload, why, None
         return None, why, scratch
 
-    def _submit(
-        self, unit: Unit, upstream: dict[str, dict[str, str]], why: str, scratch: files.Scratch | None
-    ) -> tuple[Future, _Running]:
-        job = self.job(unit, upstream) | {"scratch": str(scratch.path) if scratch and scratch.path else None}
-        return self.executor.submit(execute_job, job), _Running(unit, job, self.unit_key(unit), why, upstream, scratch)
+    def _submit(self, item: _Queued) -> tuple[Future, _Running]:
+        scratch = item.scratch
+        job = self.job(item.unit, item.upstream) | {"scratch": str(scratch.path) if scratch and scratch.path else None}
+        return self.executor.submit(execute_job, job), _Running(**vars(item), job=job, key=self.unit_key(item.unit))
 
     def _receive(
         self, future: Future, running: _Running, progress: Callable[[Outcome], None]
@@ -318,15 +328,41 @@ class Engine:
 
 
 @dataclass
-class _Running:
-    """交出去、还没回来的一个单元。"""
+class _Queued:
+    """缓存里没有、要执行的一个单元。"""
 
     unit: Unit
+    upstream: dict[str, dict[str, str]]
+    why: str
+    scratch: files.Scratch | None
+
+
+@dataclass
+class _Running(_Queued):
+    """交出去、还没回来的一个单元。"""
+
     job: dict[str, Any]
     key: str
-    why: str
-    upstream: dict[str, dict[str, str]]
-    scratch: files.Scratch | None
+
+
+def _downstream(units: list[Unit], examples: dict[str | None, str]) -> dict[str, int]:
+    """每个单元有几个直接与间接的下游。"""
+    users: dict[str, list[str]] = {unit.file: [] for unit in units}
+    for unit in units:
+        for need in unit.needs:
+            if need in examples:
+                users[examples[need]].append(unit.file)
+
+    def reach(file: str) -> set[str]:
+        found: set[str] = set()
+        stack = [file]
+        while stack:
+            new = set(users[stack.pop()]) - found
+            found |= new
+            stack += new
+        return found
+
+    return {unit.file: len(reach(unit.file)) for unit in units}
 
 
 def _longest(unit: Unit) -> float:
