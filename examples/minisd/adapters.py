@@ -40,6 +40,7 @@ def attach_ip_adapter(net, path):
 
 def load_control(base, path, down=2):
     """副本从**没改过的**基座复制结构，再载入训好的权重；用 ``Controlled(任何同结构的 U-Net, control)`` 接上。"""
-    control = ControlNet(base, HintEncoder(1, base.encoder[0].out_channels, down=down))
+    first, *_ = base.encoder                                       # 条件加在第 0 块的输出上
+    control = ControlNet(base, HintEncoder(1, first.out_channels, down=down))
     return pipeline.load_weights(control, path)
 # --8<-- [end:attach]
