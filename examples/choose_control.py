@@ -17,46 +17,33 @@ import time
 
 import matplotlib.pyplot as plt
 import torch
-from safetensors.torch import load_file
 
 import zhixing
-from minisd import (
-    clip, dreambooth, guidance, ip_adapter, judge, latents, lora, pipeline, samplers, stripes, train, world,
-)  # fmt: skip
-from minisd.controlnet import Controlled, ControlNet, HintEncoder, edges
+from minisd import adapters, clip, dreambooth, guidance, ip_adapter, judge, latents, lora, pipeline, samplers, stripes, train, world
+from minisd.controlnet import Controlled, edges
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 paths = [zhixing.input_path(p) for p in ("clip/clip.safetensors", "vae/vae.safetensors", "base/unet.safetensors")]
-sd = pipeline.StableDiffusion.load(*paths).to(device)
+sd = adapters.load_base(*paths).to(device)
 base = sd.unet
 encoder = pipeline.load_weights(clip.CLIP(), paths[0]).image_encoder
-TARGETS = ["to_q", "to_k", "to_v", "to_out", "ff.0", "ff.2", "text.out"]        # 与 examples/lora.py 相同
 
 
 def gen(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def read_half(path):
-    return {k: v.float() for k, v in load_file(str(zhixing.input_path(path))).items()}
-
-
 def with_lora(net):
     """给一个 U-Net 接上条纹 LoRA（就地）。"""
-    lora.add_lora(net, TARGETS, 4, 4)
-    lora.load_lora(net, read_half("lora/stripes.safetensors"))
-    return net
+    return adapters.attach_lora(net, zhixing.input_path("lora/stripes.safetensors"))
 
 
 def with_ip():
     """基座的拷贝，接上 IP-Adapter。"""
-    net = ip_adapter.add_ip_adapter(base)
-    ip_adapter.load_adapter(net, read_half("ip_adapter/adapter.safetensors"))
-    return net.to(device)
+    return adapters.attach_ip_adapter(base, zhixing.input_path("ip_adapter/adapter.safetensors")).to(device)
 
 
-control = ControlNet(base, HintEncoder(1, base.encoder[0].out_channels, down=2))
-control = pipeline.load_weights(control, zhixing.input_path("controlnet/edges.safetensors")).to(device)
+control = adapters.load_control(base, zhixing.input_path("controlnet/edges.safetensors")).to(device)
 
 # %% [markdown]
 # ## 同一批目标
@@ -225,7 +212,7 @@ def draw_time(net, **options):
 
 
 fresh_lora = copy.deepcopy(base)
-lora.add_lora(fresh_lora, TARGETS, 4, 4)
+lora.add_lora(fresh_lora, adapters.LORA_TARGETS, 4, 4)
 trainable = Controlled(copy.deepcopy(base), copy.deepcopy(control).requires_grad_(True))
 adapter = ip_adapter.add_ip_adapter(base)
 whole = copy.deepcopy(base).requires_grad_(True)
