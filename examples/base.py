@@ -26,8 +26,8 @@ torch.manual_seed(SEED)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
 sd = pipeline.StableDiffusion.load(zhixing.input_path("clip/clip.safetensors"), zhixing.input_path("vae/vae.safetensors"))
+sd.to(device)                                                  # 先搬，数据才编码在同一个设备上
 data = latents.LatentData(sd, world.sample(DATA, torch.Generator().manual_seed(1)))
-sd.to(device)
 net = sd.unet.to(memory_format=torch.channels_last)
 ema = train.EMA(net)
 zhixing.metric("unet_parameters", sum(p.numel() for p in net.parameters()))
