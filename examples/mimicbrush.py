@@ -203,6 +203,7 @@ test, ref, stripes = frames(M, gen(77))
 _, contrast = texture(test.image)
 assert ((contrast > 0.3) == stripes).all()                                       # 量法本身没问题
 box, z_test = boxes(test.attrs), encode(ref.image)
+assert (test.mask * (1 - box)).sum() == 0                                        # 掩码外没有图形的一个像素可抄
 drawn = {
     "reference": edit(test, box, z_test, 5),
     "none": edit(test, box, None, 5),
@@ -214,6 +215,8 @@ followed = measure("followed", drawn["wrong"], rolled, stripes.roll(1))
 other, other_ref, other_stripes = frames(M, gen(78), same_shape=False)
 moved = edit(other, boxes(other.attrs), encode(other_ref.image), 6)
 scores["transfer"] = measure("transfer", moved, other, other_stripes)
+leaked = (judge.read(moved).attrs[:, 1] == other_ref.attrs[:, 1])[~other_stripes]      # 参考的形状漏过来了吗
+zhixing.metric("transfer_leak", leaked.float().mean().item())
 zhixing.metric("images", M)
 assert scores["reference"]["both"] >= 0.75 and scores["none"]["both"] <= 0.3, scores          # 有参考才补得对
 assert scores["wrong"]["both"] <= 0.35 and followed["both"] >= 0.55, (scores, followed)       # 给错参考就照错的画
@@ -225,7 +228,8 @@ for line, (title, pictures) in zip(axes, rows.items()):
     show(line, pictures, title)
 zhixing.figure("edit", fig)
 
-fig, axes = plt.subplots(3, 9, figsize=(8.2, 2.9))
-for line, (title, pictures) in zip(axes, {"遮住的": other.image * (1 - boxes(other.attrs)), "参考": other_ref.image, "结果": moved}.items()):
+fig, axes = plt.subplots(4, 9, figsize=(8.2, 3.7))
+rows = {"遮住的": other.image * (1 - boxes(other.attrs)), "参考": other_ref.image, "结果": moved, "原图": other.image}
+for line, (title, pictures) in zip(axes, rows.items()):
     show(line, pictures, title)
 zhixing.figure("transfer", fig)
