@@ -96,7 +96,9 @@ class Build:
 
     def write_notebooks(self) -> tuple[Path, list[str]]:
         """把每个示例的执行结果写成 ``.ipynb``；返回 ``(目录, 目录内的相对路径)``。"""
-        directory, written = self.root / ".cache" / "zhixing" / "notebooks", []
+        # 打印版里图的写法不同；两种构建可能同时在跑，各写各的
+        directory = self.root / ".cache" / "zhixing" / ("notebooks-print" if self.for_print else "notebooks")
+        written = []
         for example in self.project.examples.values():
             results = self.project.outcomes[example.file].payload["blocks"]
             context = Page(example.file, "", "../../", self.problems, self.project.artifacts, self.for_print)
