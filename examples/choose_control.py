@@ -107,7 +107,8 @@ with torch.no_grad():
     instances = sd.vae.to_latent(subject.image.to(device)), [f"一个{V}圆"] * 5
 prior = dreambooth.class_latents(sd, ["一个圆"] * 64, gen(50)), ["一个圆"] * 64
 optimizers = [*train.adamw(personal.unet, 1e-3), torch.optim.AdamW([row], 0.06, weight_decay=0.0)]
-train.fit(personal.unet, dreambooth.objective(personal, instances, prior), DB_STEPS, optimizers, generator=gen(0))
+trained = torch.nn.ModuleList([personal.unet, words.token])      # 清零梯度时别漏了 U-Net 之外的那一行
+train.fit(trained, dreambooth.objective(personal, instances, prior), DB_STEPS, optimizers, generator=gen(0))
 personal.unet.eval().requires_grad_(False)
 mine = personal([f"一个{V}圆在{[*world.PLACES][i % 5]}" for i in range(N)], gen(10), steps=10).cpu()
 seen = dreambooth.read(mine)

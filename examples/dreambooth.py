@@ -145,7 +145,8 @@ def personalize(seed=0, lam=1.0, steps=STEPS, word=V, learn_row=True, rank=None,
             pause.append(time.perf_counter() - since)
 
     since = time.perf_counter()
-    train.fit(sd.unet, loss_fn, steps, optimizers, generator=gen(seed), watch=look)
+    trained = torch.nn.ModuleList([sd.unet, encoder.token])      # 清零梯度时别漏了 U-Net 之外的那一行
+    train.fit(trained, loss_fn, steps, optimizers, generator=gen(seed), watch=look)
     count = sum(p.numel() for opt in optimizers for group in opt.param_groups for p in group["params"])
     return sd, time.perf_counter() - since - sum(pause), count
 
