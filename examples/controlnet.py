@@ -196,7 +196,7 @@ assert read["color"] >= 0.95 and read["place"] >= 0.95, read
 # %% [markdown]
 # ## 收敛得突然吗
 #
-# 找出 IoU 涨得最快的 30 步（训练的五分之一），看它占全程涨幅的多少；再看固定噪声上的损失在同一段里降了多少。
+# 找出 IoU 涨得最快的 30 步（全程的六分之一），看它占全程涨幅的多少；再看固定噪声上的损失在同一段里降了多少。
 
 # %%
 window = 6                                                      # 6 次记录 = 30 步
@@ -210,7 +210,7 @@ zhixing.metric("window_end", log["step"][start + window])
 zhixing.metric("window_share", share)
 zhixing.metric("window_loss_share", loss_share)
 zhixing.metric("quiet_until", quiet)
-assert share > 0.5                                              # 匀速增长时是 0.2
+assert share > 0.5                                              # 匀速增长时约 0.17
 
 fig, (left, right) = plt.subplots(1, 2, figsize=(8.2, 3.2))
 left.plot(log["step"], log["iou"], label="掩码 IoU")
@@ -270,7 +270,7 @@ zhixing.figure("scale", fig)
 # %% [markdown]
 # ## 各管各的：边缘管轮廓，文本管颜色
 #
-# 左：同一张边缘图配六种颜色的描述。右：同一张边缘图、空提示、不同的初始噪声，颜色没人指定。再看两者冲突：描述说“圆”，边缘画的是别的形状，听谁的？
+# 上：同一张边缘图配六种颜色的描述。下：同一张边缘图、空提示、不同的初始噪声，颜色没人指定。再看两者冲突：描述说“圆”，边缘画的是别的形状，听谁的？
 
 # %%
 star = int((held.attrs[:, 1] == 4).nonzero()[0])
