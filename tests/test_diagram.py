@@ -287,3 +287,41 @@ def test_without_merman_diagrams_can_be_shown_as_source(monkeypatch) -> None:
     monkeypatch.setenv("ZHIXING_DIAGRAMS", "source")
     context = PageContext("docs/a.md", "", "", [], None)
     assert "a --&gt; b" in diagram.render("flowchart LR\n  a --> b", line=3, ctx=context) and context.problems == []
+
+
+# ── 路径坐标 ──────────────────────────────────────────────────────────
+
+STADIUM = "flowchart LR\n  A([圆角框]) --> B((圆))\n"
+_NUMBER = re.compile(r"-?(?:\d+\.?\d*|\.\d+)(?:e-?\d+)?")
+
+
+def paths(svg: str) -> list[tuple[str, list[float]]]:
+    """每条路径的命令字母，与全部的数。"""
+    found = re.findall(r' d="([^"]*)"', svg)
+    return [(re.sub(r"[^A-Za-z]", "", _NUMBER.sub("", d)), [float(n) for n in _NUMBER.findall(d)]) for d in found]
+
+
+@pytest.mark.parametrize("source", [*ALL.values(), STADIUM])
+def test_rounding_paths_moves_nothing_visible(source, monkeypatch) -> None:
+    monkeypatch.setattr(diagram, "_round_paths", lambda svg: svg)
+    exact = diagram.render(source)
+    monkeypatch.undo()
+    rounded = diagram.render(source)
+    assert [(c, len(n)) for c, n in paths(exact)] == [(c, len(n)) for c, n in paths(rounded)]
+    assert all(abs(a - b) <= 0.0501 for (_, x), (_, y) in zip(paths(exact), paths(rounded)) for a, b in zip(x, y))
+    if source == STADIUM:
+        assert len(rounded) < len(exact) / 1.8
+
+
+@given(st.lists(st.one_of(st.floats(-900, 900), st.sampled_from([0.305, -0.045, 0.001, 3.0, -17.0])), min_size=1, max_size=30))
+def test_numbers_written_without_separators_stay_apart(numbers) -> None:
+    """SVG 允许 “.181.305-.2”：前一个数有小数点，下一个小数点就是新的数。"""
+    text = ""
+    for n in numbers:
+        token = f"{n:.12f}".rstrip("0").rstrip(".").replace("0.", ".", 1) if abs(n) < 1 else repr(round(n, 12))
+        glued = text and (token.startswith("-") or token.startswith(".") and "." in text.rsplit(" ", 1)[-1].rsplit("-", 1)[-1])
+        text += token if glued or not text else " " + token
+    if "e" in text:
+        return
+    before, after = (paths(f'<path d="{d}"/>')[0][1] for d in (text, re.search(r' d="([^"]*)"', diagram._round_paths(f'<path d="{text}"/>'))[1]))
+    assert len(before) == len(after) and all(abs(a - b) <= 0.0501 for a, b in zip(before, after))

@@ -188,11 +188,19 @@ def _adapt(svg: str, diagram_id: str, for_print: bool) -> str:
     svg = _prefix_ids(svg, diagram_id)
     svg = re.sub(r"<svg ([^>]*)>", lambda m: _root_tag(m[1], for_print), svg, count=1)
     svg = re.sub(r' data-points="[^"]*"', "", svg)  # 只有 Mermaid 的编辑器用它
-    # 圆角框的一条边有几百个十几位小数的点，十分之一像素足够
-    svg = re.sub(r' d="[^"]*"', lambda d: re.sub(r"-?\d+\.\d\d+", lambda m: f"{float(m[0]):.1f}".removesuffix(".0"), d[0]), svg)
+    svg = _round_paths(svg)
     svg = svg.replace("</style>", _LABEL_CSS.replace("#id", f"#{diagram_id}") + "</style>", 1)
     # 相邻的标签之间要有空白，搜索索引才不会把它们连成一个词
     return svg.replace("</text>", "</text>\n")
+
+
+# 排版算出来的长小数；图标里紧挨着写的短小数（.181.305 是两个数）不碰
+_LONG = re.compile(r"(?:(?<![\d.])|(?=-))-?\d+\.\d{5,}(?![\d.])")
+
+
+def _round_paths(svg: str) -> str:
+    """路径坐标取到十分之一像素：圆角框的一条边有几百个十几位小数的点。"""
+    return re.sub(r' d="[^"]*"', lambda d: _LONG.sub(lambda m: f"{float(m[0]):.1f}".removesuffix(".0"), d[0]), svg)
 
 
 def _root_tag(attributes: str, for_print: bool) -> str:
