@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 
 import zhixing
-from minisd import schedule, toy2d, world
+from minisd import schedule, toy2d
 from minisd.denoiser2d import Denoiser
 
 torch.set_num_threads(1)
@@ -85,27 +85,6 @@ for ax, t in zip(axes, (-1, 49, 149, 299, 499, 999)):
     x_t = data if t < 0 else schedule.q_sample(s, data, t, torch.randn(N, 2, generator=g))
     scatter(ax, x_t, arc, "数据" if t < 0 else f"t = {t}")
 zhixing.figure("forward", fig)
-
-# %% [markdown]
-# 同样的加噪放到图上看。同一份噪声，线性日程与余弦日程走到同一步：余弦的图留得久。
-
-# %%
-pictures = world.sample(6, torch.Generator().manual_seed(0), world.ALL).image               # (6, 3, 24, 24)
-noise = torch.randn(pictures.shape, generator=torch.Generator().manual_seed(1))
-schedules = {"线性": schedule.linear(T), "余弦": schedule.cosine(T)}
-for t in (0, 100, 200, 300, 400, 600, 800, 999):
-    fig, axes = plt.subplots(2, 6, figsize=(6.4, 2.4))
-    for row, (name, each) in zip(axes, schedules.items()):
-        for ax, x in zip(row, schedule.q_sample(each, pictures, t, noise)):
-            ax.imshow(((x + 1) / 2).clamp(0, 1).permute(1, 2, 0))
-            ax.set(xticks=[], yticks=[])
-            ax.spines[:].set_visible(False)
-        row[0].set_ylabel(f"{name}\n$\\bar\\alpha_t={each.alpha_bar[t]:.3f}$", fontsize=8, rotation=0, ha="right", va="center")
-    zhixing.figure(f"noised_{t}", fig)
-kept = {name: (each.alpha_bar > 0.1).sum().item() for name, each in schedules.items()}
-assert kept["余弦"] > 1.5 * kept["线性"], kept                                          # 信号占一成以上的步数
-zhixing.metric("kept_linear", kept["线性"])
-zhixing.metric("kept_cosine", kept["余弦"])
 
 
 # %% [markdown]
