@@ -9,7 +9,7 @@
 # %% [markdown]
 # 在一张由圆弧拼成的太极图上，从零训练一个去噪扩散概率模型（Denoising Diffusion Probabilistic Model，DDPM），再用它从纯噪声里把太极图“长”回来。二维数据的好处是什么都看得见：每个样本是一个点，整条反向轨迹可以画在一页纸上。
 #
-# **预计耗时与内存**：单线程、机器空闲时一分钟以内，峰值内存约 0.5 GB。大头是两次训练（后一次抹掉步号），其次是五次采样。
+# **预计耗时与内存**：单线程、机器空闲时一分钟以内，峰值内存约 0.5 GB。
 #
 # 步号在代码里从 0 数到 T − 1，对应论文的 1 到 T。
 
@@ -57,7 +57,7 @@ def scatter(ax, points, label, title):
 # %% [markdown]
 # ## 前向：把数据变成噪声
 #
-# 闭式 $x_t=\sqrt{\bar\alpha_t}\,x_0+\sqrt{1-\bar\alpha_t}\,\varepsilon$ 可以一步跳到任意 $t$。先核对它与老老实实走完每一步一致：从同一个 $x_0$ 出发放 4000 个粒子，逐步走 1000 步，途中与闭式的均值、方差对照（两边都是高斯，均值方差相同就是同一个分布）。
+# 闭式 $x_t=\sqrt{\bar\alpha_t}\,x_0+\sqrt{1-\bar\alpha_t}\,\varepsilon$ 可以一步跳到任意 $t$。先核对它与逐步走一致：从同一个 $x_0$ 放 4000 个粒子走 1000 步，途中与闭式的均值、方差对照（两边都是高斯，均值方差相同就是同一个分布）。
 
 # %%
 g = torch.Generator().manual_seed(2)
@@ -90,7 +90,7 @@ zhixing.figure("forward", fig)
 # %% [markdown]
 # ## 网络：一个认识步号的小 MLP
 #
-# 输入是 $x_t$ 和步号 $t$，输出与 $x_t$ 同形状的噪声估计 $\varepsilon_\theta(x_t,t)$。坐标与步号都先展开成正弦特征：坐标需要高频才画得出鱼眼那样的细节，步号需要让每一层都知道“现在有多吵”。网络单独放在 `minisd/denoiser2d.py`，因为 DDIM 的示例要用同一个网络、同一份权重：
+# 输入是 $x_t$ 和步号 $t$，输出与 $x_t$ 同形状的噪声估计 $\varepsilon_\theta(x_t,t)$。坐标与步号都先展开成正弦特征：坐标要高频才画得出鱼眼，步号要让每一层都知道“现在有多吵”。网络在 `minisd/denoiser2d.py`，DDIM 的示例也用它：
 
 # %%
 print(inspect.getsource(Denoiser.forward))
@@ -99,7 +99,7 @@ print(inspect.getsource(Denoiser.forward))
 # %% [markdown]
 # ## 训练
 #
-# 循环里与扩散模型有关的只有四行：抽数据、抽步号、抽噪声、一步加噪后让网络猜噪声。其余是普通的优化循环。
+# 循环里与扩散模型有关的只有四行：抽数据、抽步号、抽噪声、一步加噪后让网络猜噪声。
 
 # %%
 def train(net, steps=8000, batch=256, lr=6e-3, seed=0):
@@ -141,7 +141,7 @@ save_file(net.state_dict(), zhixing.output_path("net.safetensors"))      # DDIM 
 # %% [markdown]
 # ## 损失为什么降不到 0
 #
-# 同一个 $x_t$ 可以来自许多对 $(x_0,\varepsilon)$，再好的网络也只能猜条件期望 $\mathbb E[\varepsilon\mid x_t]$。这里的数据分布已知，条件期望可以直接估：把弧上密密的点当作全部可能的 $x_0$，按高斯似然加权平均。它的期望损失就是任何网络的下限；训练得好不好，要看离这个下限多远，而不是离 0 多远。
+# 同一个 $x_t$ 可以来自许多对 $(x_0,\varepsilon)$，再好的网络也只能猜条件期望 $\mathbb E[\varepsilon\mid x_t]$。这里的数据分布已知，条件期望可以直接估：把弧上密密的点当作全部可能的 $x_0$，按高斯似然加权平均。它的期望损失是任何网络的下限；训得好不好，看离它多远，不是离 0 多远。
 
 # %%
 dense = toy2d.taiji(12000, torch.Generator().manual_seed(4))       # (M, 2) 近似整条曲线

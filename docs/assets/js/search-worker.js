@@ -429,5 +429,5 @@ globalThis.addEventListener?.("message", async ({ data: { type, data } }) => {
   } else if (type === 2) postMessage({ type: 3, data: data.trim() ? (await load()).search(data) : NOTHING }) // 界面一上来就问一次空的
 })
 
-// 光标一进搜索框页面就说一声（overrides/main.html），打字时索引多半已经到了
+// 光标一进搜索框页面就说一声（page.js），打字时索引多半已经到了
 if (globalThis.BroadcastChannel) new BroadcastChannel("zhixing-search").onmessage = () => source && load()

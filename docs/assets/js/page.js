@@ -9,3 +9,6 @@ addEventListener("load", () => {
     .querySelectorAll("pre > code, .md-typeset__scrollwrap, .md-typeset__table table, .tabbed-labels, .zx-diagram")
     .forEach((e) => watch.observe(e))
 })
+
+// 光标一进搜索框就让 worker 去取索引（search-worker.js），打字时多半已经到了
+document.querySelector(".md-search__input")?.addEventListener("focus", () => new BroadcastChannel("zhixing-search").postMessage(0), { once: true })
