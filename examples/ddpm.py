@@ -141,7 +141,7 @@ save_file(net.state_dict(), zhixing.output_path("net.safetensors"))      # DDIM 
 # %% [markdown]
 # ## 损失为什么降不到 0
 #
-# 同一个 $x_t$ 可以来自许多对 $(x_0,\varepsilon)$，再好的网络也只能猜条件期望 $\mathbb E[\varepsilon\mid x_t]$。这里的数据分布已知，条件期望可以直接估：把弧上密密的点当作全部可能的 $x_0$，按高斯似然加权平均。它的期望损失是任何网络的下限；训得好不好，看离它多远，不是离 0 多远。
+# 同一个 $x_t$ 可以来自许多对 $(x_0,\varepsilon)$，再好的网络也只能猜给定 $x_t$ 时噪声的平均（条件期望）。这里的数据分布已知，条件期望可以直接估：把弧上密密的点当作全部可能的 $x_0$，按高斯似然加权平均。它的期望损失是任何网络的下限；训得好不好，看离它多远，不是离 0 多远。
 
 # %%
 dense = toy2d.taiji(12000, torch.Generator().manual_seed(4))       # (M, 2) 近似整条曲线
