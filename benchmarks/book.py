@@ -11,16 +11,15 @@ import datetime
 import json
 import os
 import platform
-import re
 import statistics
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-README = Path(__file__).with_name("README.md")
-START, END = "<!-- 排书开始 -->", "<!-- 排书结束 -->"
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from exec import ROOT, publish  # noqa: E402
+
 TARGET = 60  # 秒 / 百页
 
 _WORKER = """
@@ -86,8 +85,7 @@ def main() -> None:
     )
     print(text)
     if not args.dry:
-        readme = README.read_text("utf-8")
-        README.write_text(re.sub(f"{START}.*?{END}", lambda m: f"{START}\n\n{text}\n\n{END}", readme, flags=re.S), "utf-8")
+        publish("排书", text)
 
 
 if __name__ == "__main__":

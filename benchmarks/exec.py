@@ -567,13 +567,12 @@ def report(bench: Bench, sites: list[dict], heat: dict) -> str:
     return "\n".join(lines)
 
 
-def publish(text: str, command: str) -> None:
-    """换掉 README 里两行标记之间的内容。"""
-    path, (begin, end) = HERE / "README.md", ("<!-- 结果开始 -->", "<!-- 结果结束 -->")
+def publish(section: str, text: str) -> None:
+    """换掉 README 里 ``section`` 两行标记之间的内容。"""
+    path, begin, end = HERE / "README.md", f"<!-- {section}开始 -->", f"<!-- {section}结束 -->"
     head, _, rest = path.read_text("utf-8").partition(begin)
     _, _, tail = rest.partition(end)
-    day = time.strftime("%Y-%m-%d")
-    path.write_text(f"{head}{begin}\n\n{day}，`{command}`。{text}\n\n{end}{tail}", "utf-8")
+    path.write_text(f"{head}{begin}\n\n{text}\n\n{end}{tail}", "utf-8")
 
 
 def main() -> None:
@@ -609,7 +608,8 @@ def main() -> None:
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps({"samples": bench.samples, "sites": sites, "hot": heat}, ensure_ascii=False, indent=1))
     if not args.quick and args.pages == 40 and not args.tools:
-        publish(text, " ".join(["python", "benchmarks/exec.py", *sys.argv[1:]]))
+        command = " ".join(["python", "benchmarks/exec.py", *sys.argv[1:]])
+        publish("结果", f"{time.strftime('%Y-%m-%d')}，`{command}`。{text}")
 
 
 if __name__ == "__main__":

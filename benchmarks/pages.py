@@ -22,9 +22,9 @@ import tempfile
 import threading
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
-README = Path(__file__).with_name("README.md")
-START, END = "<!-- 页面开始 -->", "<!-- 页面结束 -->"
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from exec import ROOT, publish  # noqa: E402
+
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 NODE = ("lighthouse@13.5.0", "mermaid@11.17.2")  # 装在 .cache/bench-node，不进项目环境
 PAGES = {"首页": "", "公式 + 图（ddpm）": "diffusion/ddpm/"}
@@ -207,11 +207,7 @@ def main() -> None:
     text = "\n".join(lines)
     print(text)
     if not args.dry:
-        readme = README.read_text("utf-8")
-        if START not in readme:
-            readme += f"\n## 页面\n\n{START}\n{END}\n"
-        head, _, tail = readme.partition(START)
-        README.write_text(f"{head}{START}\n\n{text}\n\n{END}{tail.partition(END)[2]}", "utf-8")
+        publish("页面", text)
 
 
 if __name__ == "__main__":

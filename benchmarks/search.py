@@ -27,10 +27,8 @@ import material
 from playwright.sync_api import sync_playwright
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from exec import ROOT, bench_python  # noqa: E402
+from exec import ROOT, bench_python, publish  # noqa: E402
 
-README = Path(__file__).with_name("README.md")
-START, END = "<!-- 搜索开始 -->", "<!-- 搜索结束 -->"
 CHROMIUM = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 PAGES = 1000
 
@@ -204,11 +202,7 @@ def main() -> None:
     text = "\n".join(lines)
     print(text)
     if not args.dry:
-        page = README.read_text("utf-8")
-        if START not in page:
-            page += f"\n## 搜索\n\n{START}\n{END}\n"
-        head, _, tail = page.partition(START)
-        README.write_text(f"{head}{START}\n\n{text}\n\n{END}{tail.partition(END)[2]}", "utf-8")
+        publish("搜索", text)
 
 
 if __name__ == "__main__":

@@ -20,4 +20,4 @@ def on_post_template(output, template_name, config):
 
 @event_priority(-50)  # 索引由搜索插件写好之后，离线插件把它变成脚本之前
 def on_post_build(config):
-    search.rewrite(Path(config.site_dir), build.get(_root(config)).project.synonyms, lazy="material/offline" not in config.plugins)
+    search.rewrite(Path(config.site_dir), build.get(_root(config)).project.synonyms, lazy=not config.extra["offline"])

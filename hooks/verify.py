@@ -35,9 +35,10 @@ def on_files(files, config):
         content = b.substitute(f"docs/{file.src_uri}")
         if content is not None:
             file.content_string = content
+    offline = config.plugins.get("material/offline")
+    config.extra["offline"] = bool(offline and offline.config["enabled"])  # 模板与搜索也要知道
     try:
-        offline = config.plugins.get("material/offline")
-        assets = b.assets(offline=bool(offline and offline.config["enabled"]))
+        assets = b.assets(offline=config.extra["offline"])
     except FileNotFoundError as error:
         raise PluginError(str(error)) from None
     for uri, path in assets.items():

@@ -9,29 +9,15 @@ import threading
 import pytest
 import torch
 from minillm.decoding import Sampler
+from test_practice_browser import PAGE as PRACTICE
 from test_practice_browser import prepare, run
 from test_site import MODES, Quiet, Reader, Web, browser  # noqa: F401
 
 pytestmark = pytest.mark.browser
 
 SCORES = {"是": 3.0, "在": 2.2, "有": 1.8, "很": 1.0, "会": 0.6, "要": 0.6, "像": -0.5, "把": -1.5}   # 有一对并列
-PAGE = f"""---
-id: demo
-title: 示范
-section: leetcode
-level: 入门
-origin: 预测
-tags: [示范]
-brief: 一句话。
-questions:
-  - q: 为什么？
-    a: "#why"
-refs: [某书]
----
-
-## 为什么 {{#why}}
-
-```python
+HEAD = PRACTICE[: PRACTICE.index("```python")]  # front matter 与第一个标题
+PAGE = f"""{HEAD}```python
 from matplotlib import pyplot as plt
 
 

@@ -202,7 +202,7 @@ class Engine:
         waiting: dict[Future, _Running] = {}
         done: queue.SimpleQueue[Future] = queue.SimpleQueue()
         elsewhere: dict[str, tuple[Unit, float]] = {}  # 另一个构建正在跑的，等到什么时候为止
-        queued: list[_Queued] = []  # 要跑的示例；不一股脑交出去，好让后到的、有许多下游的先跑
+        queued: list[_Queued] = []  # 要跑的；示例不一股脑交出去，好让后到的、有许多下游的先跑
         downstream = _downstream(units, examples)
         stored = False
         while todo or waiting or elsewhere or queued:
