@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -201,40 +200,50 @@ class Engine:
         examples = {_example_of(unit): unit.file for unit in units}
         waiting: dict[Future, _Running] = {}
         done: queue.SimpleQueue[Future] = queue.SimpleQueue()
-        elsewhere: dict[str, tuple[Unit, float]] = {}  # 另一个构建正在跑的，等到什么时候为止
         queued: list[_Queued] = []  # 要跑的；示例不一股脑交出去，好让后到的、有许多下游的先跑
+        patience: dict[str, float] = {}  # 另一个构建正在跑的，等到什么时候为止
         downstream = _downstream(units, examples)
         stored = False
-        while todo or waiting or elsewhere or queued:
-            for unit in chain([unit for unit, _ in elsewhere.values()], self._ready(todo, examples, outcomes)):
+        while todo or waiting or queued:
+            for unit in self._ready(todo, examples, outcomes):
                 broken = [need for need in unit.needs if need not in examples or outcomes[examples[need]].problems]
                 if broken:
                     outcomes[unit.file] = _blocked(unit, f"因上游 {'、'.join(broken)} 没有成功而未执行")
                     progress(outcomes[unit.file])
                     continue
                 upstream = {need: outcomes[examples[need]].payload["files"] for need in unit.needs}
-                payload, why, scratch = self._claim(unit, upstream)
-                if scratch and scratch.busy and self.use_cache:
-                    _, until = elsewhere.setdefault(unit.file, (unit, time.monotonic() + _longest(unit)))
-                    if time.monotonic() < until:
-                        continue
-                elsewhere.pop(unit.file, None)
-                if payload is not None or not unit.blocks:
-                    outcomes[unit.file] = self._finish(unit, payload or empty(), True, why, upstream, progress)
+                payload, why = self.recall(unit, upstream) if self.use_cache else (None, "没有使用缓存")
+                if payload is None and unit.blocks:
+                    queued.append(_Queued(unit, upstream, why))
                 else:
-                    queued.append(_Queued(unit, upstream, why, scratch))
+                    outcomes[unit.file] = self._finish(unit, payload or empty(), True, why, upstream, progress)
             queued.sort(key=lambda item: -downstream[item.unit.file])
             active = sum(item.unit.kind == "example" for item in waiting.values())
+            elsewhere = False
             for item in list(queued):
-                if item.unit.kind == "example":
+                unit, scratch = item.unit, None
+                if unit.kind == "example":
                     if active >= getattr(self.executor, "workers", active + 1):  # 集群自己排队，全交出去
+                        continue
+                    scratch = files.Scratch(self.root, key([self.unit_key(unit), item.upstream]))
+                    if scratch.busy and self.use_cache:
+                        if time.monotonic() < patience.setdefault(unit.file, time.monotonic() + _longest(unit)):
+                            elsewhere = True
+                            continue
+                    # 占到之后再看一次：排着队的时候，另一个构建可能已经存好
+                    elif self.use_cache and (payload := self.recall(unit, item.upstream)[0]) is not None:
+                        scratch.close(False)
+                        queued.remove(item)
+                        outcomes[unit.file] = self._finish(unit, payload, True, item.why, item.upstream, progress)
                         continue
                     active += 1
                 queued.remove(item)
-                future, running = self._submit(item)
+                future, running = self._submit(item, scratch)
                 waiting[future] = running
                 future.add_done_callback(done.put)
-            if waiting or elsewhere:
+            if any(self._is_ready(unit, examples, outcomes) for unit in todo.values()):
+                continue
+            if waiting:
                 try:
                     future = done.get(timeout=POLL if elsewhere else None)
                 except queue.Empty:
@@ -242,6 +251,8 @@ class Engine:
                 running = waiting.pop(future)
                 outcomes[running.unit.file], kept = self._receive(future, running, progress)
                 stored |= kept
+            elif queued:
+                time.sleep(POLL)
             else:
                 for unit in todo.values():  # 剩下的互相等着
                     outcomes[unit.file] = _blocked(unit, f"needs 成环（{'、'.join(unit.needs)}），未执行")
@@ -252,38 +263,25 @@ class Engine:
         return [outcomes[unit.file] for unit in units]
 
     @staticmethod
-    def _ready(todo: dict[str, Unit], examples: dict[str | None, str], outcomes: dict[str, Outcome]) -> Iterable[Unit]:
+    def _is_ready(unit: Unit, examples: dict[str | None, str], outcomes: dict[str, Outcome]) -> bool:
+        """上游都有了结论吗。"""
+        return all(need not in examples or examples[need] in outcomes for need in unit.needs)
+
+    def _ready(
+        self, todo: dict[str, Unit], examples: dict[str | None, str], outcomes: dict[str, Outcome]
+    ) -> Iterable[Unit]:
         """从 ``todo`` 里逐个取出上游都有了结论的单元；取的途中又有了结论的，跟着取出。"""
         found = True
         while found:
             found = False
             for unit in list(todo.values()):
-                if all(need not in examples or examples[need] in outcomes for need in unit.needs):
+                if self._is_ready(unit, examples, outcomes):
                     found = True
                     yield todo.pop(unit.file)
 
-    def _claim(
-        self, unit: Unit, upstream: dict[str, dict[str, str]]
-    ) -> tuple[dict[str, Any] | None, str, files.Scratch | None]:
-        """``(缓存的结果或 None, 为什么, 占下的断点目录)``；有结果时不占。
-
-        先占再看一次缓存：占到之前，另一个构建可能刚刚存好。
-        """
-        payload, why = self.recall(unit, upstream) if self.use_cache else (None, "没有使用缓存")
-        if payload is not None or unit.kind != "example" or not unit.blocks:
-            return payload, why, None
-        scratch = files.Scratch(self.root, key([self.unit_key(unit), upstream]))
-        if self.use_cache and not scratch.busy:
-            payload, why = self.recall(unit, upstream)
-            if payload is not None:
-                scratch.close(False)
-                return payload, why, None
-        return None, why, scratch
-
-    def _submit(self, item: _Queued) -> tuple[Future, _Running]:
-        scratch = item.scratch
+    def _submit(self, item: _Queued, scratch: files.Scratch | None) -> tuple[Future, _Running]:
         job = self.job(item.unit, item.upstream) | {"scratch": str(scratch.path) if scratch and scratch.path else None}
-        return self.executor.submit(execute_job, job), _Running(**vars(item), job=job, key=self.unit_key(item.unit))
+        return self.executor.submit(execute_job, job), _Running(**vars(item), scratch=scratch, job=job, key=self.unit_key(item.unit))
 
     def _receive(
         self, future: Future, running: _Running, progress: Callable[[Outcome], None]
@@ -334,13 +332,13 @@ class _Queued:
     unit: Unit
     upstream: dict[str, dict[str, str]]
     why: str
-    scratch: files.Scratch | None
 
 
 @dataclass
 class _Running(_Queued):
     """交出去、还没回来的一个单元。"""
 
+    scratch: files.Scratch | None
     job: dict[str, Any]
     key: str
 
