@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import zhixing
-from minisd import judge, latents, lora, memory, pipeline, stripes, train, world
+from minisd import adapters, judge, latents, lora, memory, pipeline, stripes, train, world
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
 paths = [zhixing.input_path(p) for p in ("clip/clip.safetensors", "vae/vae.safetensors", "base/unet.safetensors")]
@@ -75,7 +75,7 @@ zhixing.metric("base_all", base_all)
 # 只加在线性层上：自注意力与交叉注意力的四个投影、前馈、文本块的输出。卷积不动。描述里没有“条纹”二字：学到的是“从此都这样画”，强弱由旋钮管。
 
 # %%
-TARGETS = ["to_q", "to_k", "to_v", "to_out", "ff.0", "ff.2", "text.out"]
+TARGETS = adapters.LORA_TARGETS
 RANK, ALPHA, STEPS, LR = 4, 4, 150, 1e-2
 data = latents.LatentData(sd, scenes)                           # 照常丢一成描述
 

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import zhixing
 from minisd import concat, inpaint, judge, latents, mimicbrush, pipeline, samplers, train, world
+from minisd.stripes import dark_rows
 
 STEPS, BATCH, BOOST, DROP, GUIDANCE, M = 240, 32, 16, 0.1, 2.0, 48
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -44,7 +45,7 @@ def show(axes, images, title=None):
 # 同一个主体：颜色、形状、有没有条纹都相同；位置、大小、转角、背景各抽各的。条纹是基座没见过的纹理，文字里也没有，只能从参考图看来。
 
 # %%
-ROWS = torch.arange(24) // 2 % 2 == 1                                            # 条纹的暗行
+ROWS = dark_rows(24)                                                             # 条纹的暗行
 
 
 def scene(attrs, striped, g):

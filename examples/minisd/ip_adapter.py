@@ -88,6 +88,8 @@ def add_ip_adapter(net, image_dim=64, tokens=4):
     found = [(m, name, c) for m in net.modules() for name, c in m.named_children() if isinstance(c, unet.CrossAttention)]
     if not found:
         raise ValueError("找不到交叉注意力层（unet.CrossAttention），没有地方接")
+    if odd := {type(p).__name__ for _, _, c in found for p in (c.to_k, c.to_v) if type(p) is not nn.Linear}:
+        raise ValueError(f"K、V 的投影已经换成 {'、'.join(sorted(odd))}：K'、V' 照原来的线性层复制，先接 IP-Adapter，再接 LoRA")
     for parent, name, cross in found:
         setattr(parent, name, DecoupledCrossAttention(cross))
     text_dim = found[0][2].to_k.in_features

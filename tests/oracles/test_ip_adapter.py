@@ -211,6 +211,10 @@ def test_坏输入():
             adapted(x, t, text, valid, image=bad)
     with pytest.raises(ValueError, match="已经接过"):
         ip_adapter.add_ip_adapter(adapted)
+    taken = unet.UNet()
+    lora.add_lora(taken, ["to_k"])
+    with pytest.raises(ValueError, match="先接 IP-Adapter，再接 LoRA"):
+        ip_adapter.add_ip_adapter(taken)
     with pytest.raises(ValueError, match="找不到交叉注意力层"):
         ip_adapter.add_ip_adapter(nn.Linear(2, 2))
     for bad in (0, -1, 2.0, True, "4"):
