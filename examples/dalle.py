@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 import zhixing
 from minisd import clip, judge, latents, pipeline, train, unclip, unet, world
+from minisd.gallery import show
 
 paths = [zhixing.input_path(p) for p in ("clip/clip.safetensors", "vae/vae.safetensors", "base/unet.safetensors")]
 sd = pipeline.StableDiffusion.load(*paths)
@@ -33,12 +34,6 @@ def gen(seed):
 def embed_texts(texts):
     """描述列表 → CLIP 文本向量 (N, D)。"""
     return torch.cat([tower.embed_text(clip.tokenize(texts[i:i + 1000])) for i in range(0, len(texts), 1000)])
-
-
-def show(axes, images):
-    for ax, picture in zip(axes, images):
-        ax.imshow(((picture + 1) / 2).clamp(0, 1).permute(1, 2, 0), interpolation="nearest")
-        ax.axis("off")
 
 
 data = world.sample(4000, gen(1))                                           # 只含见过的 135 种组合

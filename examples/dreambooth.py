@@ -277,7 +277,7 @@ def control(key, word=V, **options):
 
 
 _, frozen, _ = control("frozen", learn_row=False)
-assert frozen["fidelity"] < 0.5 and frozen["leak"] < 0.2, frozen                 # 词向量不动：学得慢得多
+assert frozen["fidelity"] < 0.7 * kept["fidelity"].min() and frozen["leak"] < 0.2, frozen                 # 词向量不动：学得慢得多
 
 _, low_rank, _ = control("lora", rank=8)
 zhixing.metric("lora_share", low_rank["parameters"] / count)

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import zhixing
 from minisd import concat, inpaint, judge, latents, pipeline, samplers, train, world
+from minisd.gallery import show
 
 paths = [zhixing.input_path(p) for p in ("clip/clip.safetensors", "vae/vae.safetensors", "base/unet.safetensors")]
 sd = pipeline.StableDiffusion.load(*paths)
@@ -25,15 +26,6 @@ sd = pipeline.StableDiffusion.load(*paths)
 
 def gen(seed):
     return torch.Generator().manual_seed(seed)
-
-
-def show(axes, images, title=None):
-    """一行图；title 写在左边。"""
-    for ax, picture in zip(axes, images):
-        ax.imshow(((picture + 1) / 2).clamp(0, 1).permute(1, 2, 0), interpolation="nearest")
-        ax.axis("off")
-    if title:
-        axes[0].text(-2, images.shape[-1] / 2, title, ha="right", va="center")
 
 
 # %% [markdown]

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 import zhixing
 from minisd import clip, ip_adapter, judge, latents, pipeline, samplers, train, world
+from minisd.gallery import show
 
 STEPS, BATCH, GUIDANCE, M = 200, 32, 2.0, 48
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -35,15 +36,6 @@ def gen(seed):
 def vectors(images):
     """图 (N, 3, 24, 24) → CLIP 的全局图像向量 (N, 64)。"""
     return torch.cat([encoder(x) for x in images.split(500)])
-
-
-def show(axes, images, title=None):
-    """一行图；title 写在左边。"""
-    for ax, picture in zip(axes, images):
-        ax.imshow(((picture + 1) / 2).clamp(0, 1).permute(1, 2, 0).cpu(), interpolation="nearest")
-        ax.axis("off")
-    if title:
-        axes[0].text(-2, images.shape[-1] / 2, title, ha="right", va="center")
 
 
 # %% [markdown]

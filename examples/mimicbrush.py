@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 import zhixing
 from minisd import concat, inpaint, judge, latents, mimicbrush, pipeline, samplers, train, world
+from minisd.gallery import show
 from minisd.stripes import dark_rows
 
 STEPS, BATCH, BOOST, DROP, GUIDANCE, M = 240, 32, 16, 0.1, 2.0, 48
@@ -28,15 +29,6 @@ sd = pipeline.StableDiffusion.load(*paths).to(device)
 
 def gen(seed):
     return torch.Generator().manual_seed(seed)
-
-
-def show(axes, images, title=None):
-    """一行图；title 写在左边。"""
-    for ax, picture in zip(axes, images):
-        ax.imshow(((picture + 1) / 2).clamp(0, 1).permute(1, 2, 0), interpolation="nearest")
-        ax.axis("off")
-    if title:
-        axes[0].text(-2, images.shape[-1] / 2, title, ha="right", va="center")
 
 
 # %% [markdown]

@@ -17,6 +17,7 @@ import torch
 
 import zhixing
 from minisd import clip, img2img, judge, pipeline, world
+from minisd.gallery import show
 
 paths = [zhixing.input_path(p) for p in ("clip/clip.safetensors", "vae/vae.safetensors", "base/unet.safetensors")]
 sd = pipeline.StableDiffusion.load(*paths)
@@ -24,15 +25,6 @@ sd = pipeline.StableDiffusion.load(*paths)
 
 def gen(seed):
     return torch.Generator().manual_seed(seed)
-
-
-def show(axes, images, title=None):
-    """一行图；title 写在左边。"""
-    for ax, picture in zip(axes, images):
-        ax.imshow(((picture + 1) / 2).clamp(0, 1).permute(1, 2, 0), interpolation="nearest")
-        ax.axis("off")
-    if title:
-        axes[0].text(-2, images.shape[-1] / 2, title, ha="right", va="center")
 
 
 # %% [markdown]

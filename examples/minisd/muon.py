@@ -14,7 +14,8 @@ def orthogonalize(g, iterations=5):
     x = x / (x.norm() + 1e-7)
     for _ in range(iterations):
         a = x @ x.T
-        x = 3.4445 * x + (-4.7750 * a + 2.0315 * a @ a) @ x
+        b = torch.addmm(a, a, a, beta=-4.7750, alpha=2.0315)           # bA + cA²，合成一次调用：小矩阵上快两成
+        x = torch.addmm(x, b, x, beta=3.4445)                          # aX + (…)X
     return x.T if g.shape[0] > g.shape[1] else x
 
 

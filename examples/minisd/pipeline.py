@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from minisd import clip, samplers, schedule, unet, vae
+from minisd.guidance import combine
 
 
 def save_weights(module, path):
@@ -88,7 +89,7 @@ class StableDiffusion:
 
         def denoise(x, t):
             v, v0 = self.unet(torch.cat([x, x]), torch.cat([t, t]), *both, **extra).chunk(2)
-            return v0 + guidance * (v - v0)
+            return combine(v, v0, guidance)
 
         return denoise
 
