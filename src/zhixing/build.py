@@ -81,6 +81,7 @@ class Build:
         if not (katex / "katex.min.css").is_file():
             raise FileNotFoundError("缺少前端资产：先运行 make assets")
         found = {"assets/katex/katex.min.css": katex / "katex.min.css"}
+        found["assets/js/copy-tex.min.js"] = katex / "contrib" / "copy-tex.min.js"
         found |= {f"assets/katex/fonts/{p.name}": p for p in sorted((katex / "fonts").glob("*.woff2"))}
         if offline:
             found["assets/js/iframe-worker.shim.js"] = modules / "iframe-worker" / "shim" / "index.js"
