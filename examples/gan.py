@@ -243,7 +243,7 @@ assert wander(oscillating) > 5 * max(wander(converged), wander(collapsed))      
 assert swing(oscillating) > 5 * swing(converged)
 
 # %% [markdown]
-# ## 损失更漂亮，样本更糟
+# ## 损失一样漂亮，样本一团糟
 #
 # “收敛就是判别器损失上升、生成器损失下降，到 2 ln 2 与 ln 2”的反例。R1 的系数取 100，判别器被压得几乎是常数，对什么样本都说“一半一半”，两条损失不管生成器好坏都走向理论值；β₁ = 0.9 又让生成器停不下来。
 

@@ -66,18 +66,18 @@ POSITIONS = torch.cartesian_prod(*2 * [torch.linspace(0.2, 0.8, 31)])      # (96
 DENSE = circles(POSITIONS)                                                 # (961, 576) 几乎铺满数据流形
 g = torch.Generator().manual_seed(1)
 held_out = random_circles(800, g)
-latent = {}
+latent, mse = {}, {}
 for name, variational in {"AE": False, "VAE": True}.items():
     encoder, decoder = train_2d(variational)
     with torch.no_grad():
         mu, logvar = encoder(held_out).chunk(2, 1)
-        error = (decoder(mu).sigmoid() - held_out).square().mean().item()
+        mse[name] = (decoder(mu).sigmoid() - held_out).square().mean().item()
         drawn = decoder(torch.randn(800, 2, generator=g)).sigmoid()        # 从 N(0, I) 抽样再解码
     where = POSITIONS[torch.cdist(drawn, DENSE).argmin(1)]                 # (800, 2) 画出来的圆在哪里
     cells = ((where - 0.2) / 0.6 * 6).long().clamp(max=5)                  # 把画布分成 6×6 格
     covered = len(set(map(tuple, cells.tolist()))) / 36
     latent[name] = mu, logvar, drawn, covered
-    zhixing.metric(f"{name.lower()}_mse", error)
+    zhixing.metric(f"{name.lower()}_mse", mse[name])
     zhixing.metric(f"{name.lower()}_covered", covered)
     zhixing.metric(f"{name.lower()}_code_std", mu.std(0).mean().item())
 
@@ -86,6 +86,7 @@ rate = elbo.kl_standard_normal(mu, logvar).sum(1).mean().item()
 zhixing.metric("vae_rate", rate)
 assert latent["AE"][3] < 0.5 < 0.9 < latent["VAE"][3]                      # N(0, I) 只碰到 AE 编码区的一角
 assert latent["AE"][0].std(0).mean() > 3 * mu.std(0).mean()                # AE 的码想多大就多大
+assert mse["AE"] < mse["VAE"]                                               # 能重建不等于能生成
 assert 3 < rate < 12                                                       # 没有后验坍塌：潜变量带着信息
 
 # %%
