@@ -46,15 +46,17 @@ def test_floor_of_almost_clean_and_almost_pure_noise():
         assert low < s2.lowest(x, step, eps) < high, t
 
 
-def test_sampling_a_perfect_denoiser_lands_on_the_point(monkeypatch):
-    """去噪器恰好知道 x_0 = (1, -1) 时，DDIM 的终点就是它。"""
-    target = torch.tensor([1.0, -1.0])
+def test_sampling_with_a_perfect_denoiser(monkeypatch):
+    """去噪器恰好知道 x_0 = (1, -1)：终点就是它，沿途每一步反推出的 ε 都是同一个（DDIM 不加新噪声）。"""
+    target, seen = torch.tensor([1.0, -1.0]), []
 
     def exact(params, h):
         x, t = h
-        return (x - s2.SIGNAL[t][..., None] * target) / s2.NOISE[t][..., None]
+        seen.append((x - s2.SIGNAL[t][..., None] * target) / s2.NOISE[t][..., None])
+        return seen[-1]
 
     monkeypatch.setattr(s2, "features", lambda x, t, c: (x, t))
     monkeypatch.setattr(s2, "forward", exact)
-    out = s2.sample([torch.zeros(2 * s2.SEEDS, 1, 1)], n=7, seed=0)
+    out = s2.sample([torch.zeros(2 * s2.SEEDS, 1, 1)], n=7, seed=0, steps=25)
     assert out.shape == (2 * s2.SEEDS, 7, 2) and (out - target).abs().max() < 1e-3
+    assert len(seen) == 25 and max((eps - seen[0]).abs().max() for eps in seen) < 1e-2
