@@ -31,6 +31,14 @@ DOCS = [
     ("h/some/", "反向排序 反向排序", "<p>反向排序</p>", []),
     ("questions/", "题目索引", "<p>无分类器引导是什么 零卷积 交叉注意力 权重衰减</p>", []),
     ("j/prose/", "散文", "<p>" + "说了许多别的。" * 30 + "权重衰减</p>", []),
+    ("k/clipping/", "杂项", "<p>clipping</p>", []),
+    *((f"k/clip{i}/", "某图", "<p>CLIP 的用法</p>", []) for i in range(3)),
+    ("k/lone/", "A 墙 B", "", []),
+    ("k/once/", "别的", "<p>消融实验</p>", []),
+    ("k/more/", "别的", "<p>消融实验</p>", []),
+    ("k/more/#again", "别的", "<p>消融实验</p>", []),
+    ("k/named/", "零样本：别的", "<p>甲</p>", []),
+    ("k/longer/", "零样本 零样本", "<p>零样本</p>", []),
 ]
 SYNONYMS = [["交叉注意力", "cross attention"], ["引导强度", "cfg scale"]]
 
@@ -68,6 +76,7 @@ def test_finish_keeps_what_the_interface_needs() -> None:
     index = search.finish(material(DOCS), SYNONYMS)
     assert set(index["config"]) == {"lang", "separator", "synonyms", "simplified"}
     assert "\u200b" not in json.dumps(index, ensure_ascii=False)
+    assert index["docs"][0]["text"] == "引导强度越大越听话 a < b"  # 纯文字
     boosts = {d["location"]: d.get("boost") for d in index["docs"]}
     assert boosts["questions/"] < 1 and boosts["a/cfg/"] is None
     lighter = ("", "#x", "index.html", "examples/a/", "examples/a.html#b", "tags.html")
@@ -139,6 +148,9 @@ def test_pages_load_our_worker() -> None:
         ("梯度裁剪", "f/whole/"),  # 连在一起的胜过散落的
         ("蒸馏 量化", "g/both/"),  # 两个词都有的胜过一个词很多的
         ("反向传播", "d/long/"),  # 整个都有的胜过只有一半的
+        ("墙", "k/lone/"),  # 前后都没有汉字的单字
+        ("消融实验", "k/more/"),  # 几个小节都讲的胜过只有一个小节讲的
+        ("零样本", "k/named/"),  # 页名就是它的胜过说得多的
     ],
 )
 def test_finds(find, query, page) -> None:
@@ -157,6 +169,11 @@ def test_words_start_at_word_boundaries(find) -> None:
     assert hit["text"] == "CLIP 与<mark data-md-highlight>码本</mark>"  # 不在 CLIP 里标出 ip
 
 
+def test_a_rare_longer_word_does_not_outrank_the_word_itself(find) -> None:
+    found = pages(find("clip"))
+    assert set(found[:4]) == {"e/vqvae/", "k/clip0/", "k/clip1/", "k/clip2/"} and found[-1] == "k/clipping/"
+
+
 def test_lists_of_questions_come_last(find) -> None:
     assert pages(find("权重衰减")) == ["j/prose/", "questions/"]
 
@@ -167,6 +184,15 @@ def test_nothing_found_offers_something_near(find) -> None:
     assert near["items"][0][0]["terms"] == {"力学": False}  # 界面会写“缺少：力学”
     for nothing in ("", "  ", "!!!", "龘", "zzzzzz"):
         assert find(nothing)["items"] == []
+
+
+def test_the_page_itself_is_scored_like_any_other(js) -> None:
+    """列不下的小节里有这一页本身时，它照自己的分与命中的词显示，排在最后。"""
+    docs = [("x/", "长页", "<p>零卷积</p>", []), *((f"x/#{i}", "零卷积", "<p>零卷积</p>", []) for i in range(8))]
+    js.eval("(text) => { globalThis.long = new Index(JSON.parse(text)) }")(json.dumps(search.finish(material(docs), [])))
+    (group,) = json.loads(js.eval("JSON.stringify(long.search('零卷积').items)"))
+    assert [hit["location"] for hit in group] == [f"x/#{i}" for i in range(6)] + ["x/"]
+    assert group[-1]["terms"] == {"零卷积": True} and "<mark" in group[-1]["text"]
 
 
 def test_suggests_the_rest_of_the_word(find) -> None:

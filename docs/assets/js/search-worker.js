@@ -2,17 +2,19 @@
 
    消息与 Material 相同：收 {type: 0, data: {config, docs, options}} 建索引，回 {type: 1}；
    收 {type: 2, data: "查询"}，回 {type: 3, data: {items, suggest}}。
-   docs 是小节（location 带 #）与页（不带 #）；config 里另有构建时写入的
+   docs 是小节（location 带 #）与页（不带 #），title 与 text 是纯文字；config 里另有构建时写入的
    synonyms（同义词组）与 simplified（“繁简繁简……”的字串），见 src/zhixing/search.py。
 
-   中文按相邻两字切分，字母与数字按词；打分是 BM25F 乘覆盖率，先给小节打分再归到页。 */
+   中文按相邻两字切分，字母与数字按词；打分是 BM25F 乘覆盖率，先给小节打分再归到页。
+   倒排表是定长数组：一个词元在哪些小节、各贡献多少分，建索引时就算好；查询只做加法，
+   摘要与高亮只给列出来的几十页做。 */
 "use strict"
 
 const HAN = "\\u3400-\\u9fff\\uf900-\\ufaff"
 const ALNUM = "a-z0-9\\u00df-\\u024f\\u0370-\\u03ff"
-const TOKEN = new RegExp(`[${HAN}]+|[${ALNUM}]+(?:[.+#'’_-][${ALNUM}]+)*[+#]*`, "g")
-const IS_HAN = new RegExp(`^[${HAN}]`)
-const STARTS_ALNUM = new RegExp(`^[${ALNUM}]`)
+const WORD = `[${ALNUM}]+(?:[.+#'’_-][${ALNUM}]+)*[+#]*`
+const TOKEN = new RegExp(`[${HAN}]+|${WORD}`, "g")
+const WORDS = new RegExp(WORD, "g")
 const NOT_ALNUM = new RegExp(`[^${ALNUM}+#]+`)
 
 const WEIGHT = { page: 6, section: 3, tags: 3, path: 3, text: 1 } // 一处命中抵正文里的几处
@@ -22,42 +24,35 @@ const PREFIX = 0.6 // 只对上词的开头：正在输入的词
 const TYPO = 0.5 // 差一个字母
 const MAX_WRITINGS = 12 // 一句查询最多换成几种说法
 const APART = 0.4 // 字都有，但没有连在一起
+const NAMED = 1.5 // 查询就是页名：标题冒号前的一截，或网址的最后一段
 const MAX_EXPANSIONS = 20
 const MAX_PAGES = 30
 const SECTIONS = 6 // 每页最多列几个小节
 
-let simplified = new Map()
-let traditional = /(?!)/g // simplified 里的字，一个也没有时什么都不匹配
+let simplified = new Map() // 逐字换：繁体 → 简体，全角 → 半角
+let changed = /(?!)/g // 要换的字
 
 function setSimplified(pairs) {
   simplified = new Map()
   for (let i = 0; i < pairs.length; i += 2) simplified.set(pairs[i], pairs[i + 1])
-  traditional = simplified.size ? new RegExp(`[${[...simplified.keys()].join("")}]`, "g") : /(?!)/g
+  for (let code = 0xff01; code <= 0xff5e; code++) {
+    const half = String.fromCharCode(code - 0xfee0).toLowerCase()
+    if (/[a-z0-9.+#'_-]/.test(half)) simplified.set(String.fromCharCode(code), half) // 全角的标点不进词，不必换
+  }
+  changed = new RegExp(`[${[...simplified.keys()].join("")}]`, "g")
 }
 
-/** 归一化成搜索用的样子：全角转半角、小写、繁转简。不改变长度，标出命中时才能对回原文。 */
+/** 归一化成搜索用的样子：小写、全角转半角、繁转简。不改变长度，标出命中时才能对回原文。 */
 function fold(text) {
-  const half = text.replace(/[\uff01-\uff5e]/g, (char) => String.fromCharCode(char.charCodeAt(0) - 0xfee0))
-  const lower = half.toLowerCase()
-  const same = lower.length === text.length ? lower : half.replace(/[A-Z]/g, (char) => char.toLowerCase())
-  return same.replace(traditional, (char) => simplified.get(char))
+  const lower = text.toLowerCase()
+  const same = lower.length === text.length ? lower : text.replace(/[A-Z]/g, (char) => char.toLowerCase())
+  return same.replace(changed, (char) => simplified.get(char))
 }
 
-/** 索引里的 HTML 片段 → 纯文字。 */
-function plain(html) {
-  const entities = { lt: "<", gt: ">", amp: "&", quot: '"', "#39": "'" }
-  return html
-    .replace(/<[^>]+>/g, " ")
-    .replace(/&(lt|gt|amp|quot|#39);/g, (_, name) => entities[name])
-    .replace(/\s+/g, " ")
-    .trim()
-}
-
-/** 一段连续汉字 → 相邻两字；单字就是它自己。 */
-function bigrams(run) {
-  if (run.length === 1) return [run]
-  return Array.from({ length: run.length - 1 }, (_, i) => run.slice(i, i + 2))
-}
+const han = (code) => (code >= 0x3400 && code <= 0x9fff) || (code >= 0xf900 && code <= 0xfaff)
+const isHan = (term) => han(term.charCodeAt(0))
+const alnum = (code) =>
+  (code >= 0x61 && code <= 0x7a) || (code >= 0x30 && code <= 0x39) || (code >= 0xdf && code <= 0x24f) || (code >= 0x370 && code <= 0x3ff)
 
 /** 一个词 → 索引里的词：ip-adapter 拆成 ip、adapter，另记连写的 ipadapter。 */
 function words(token) {
@@ -65,23 +60,38 @@ function words(token) {
   return parts.length > 1 ? [parts.join(""), ...parts] : parts
 }
 
-/** 归一化的文字 → 索引用的词元。 */
-function tokens(folded) {
-  return (folded.match(TOKEN) ?? []).flatMap((token) => (IS_HAN.test(token) ? bigrams(token) : words(token)))
-}
+/** 归一化的查询 → 各个词：汉字一段一个，字母词在连字符处断开。 */
+const split = (folded) => (folded.match(TOKEN) ?? []).flatMap((token) => (isHan(token) ? [token] : token.split(NOT_ALNUM).filter(Boolean)))
 
 /** 编辑距离（相邻互换算一次）是不是恰好为 1。 */
 function oneEdit(a, b) {
-  if (a === b || Math.abs(a.length - b.length) > 1) return false
-  let i = 0
-  while (i < a.length && a[i] === b[i]) i++
-  const rest = (x, y) => x === y
-  return (
-    rest(a.slice(i + 1), b.slice(i + 1)) || // 替换
-    rest(a.slice(i + 1), b.slice(i)) || // 多一个
-    rest(a.slice(i), b.slice(i + 1)) || // 少一个
-    (a[i] === b[i + 1] && a[i + 1] === b[i] && rest(a.slice(i + 2), b.slice(i + 2)))
-  )
+  if (Math.abs(a.length - b.length) > 1) return false
+  if (a.length > b.length) [a, b] = [b, a]
+  let head = 0
+  while (head < a.length && a[head] === b[head]) head++
+  let tail = 0
+  while (tail < a.length - head && a[a.length - 1 - tail] === b[b.length - 1 - tail]) tail++
+  const left = a.length - head - tail // 去掉相同的头尾，短的一边还剩几个
+  if (left === 0) return b.length > a.length // 少一个
+  if (a.length < b.length) return false
+  return left === 1 || (left === 2 && a[head] === b[head + 1] && a[head + 1] === b[head]) // 替换、互换
+}
+
+/** 只增不减的整数数组。 */
+class Growing {
+  constructor() {
+    this.items = new Uint32Array(1 << 12)
+    this.size = 0
+  }
+
+  push(value) {
+    if (this.size === this.items.length) {
+      const items = new Uint32Array(2 * this.size)
+      items.set(this.items)
+      this.items = items
+    }
+    this.items[this.size++] = value
+  }
 }
 
 class Index {
@@ -89,44 +99,136 @@ class Index {
     setSimplified(config.simplified ?? "")
     this.synonyms = (config.synonyms ?? []).map((group) => group.map(fold))
     this.docs = []
-    this.pages = new Map() // 页的网址 -> 这一页自己的序号
-    this.postings = new Map() // 词元 -> [序号, 加权词频, 序号, 加权词频……]
-    for (const doc of docs) this.add(doc)
-    const average = this.docs.reduce((sum, doc) => sum + doc.length, 0) / (this.docs.length || 1)
-    this.norm = Float64Array.from(this.docs, (doc) => K1 * (1 - B + (B * doc.length) / average))
+    this.pages = [] // 每页：own 是这一页自己的序号，docs 是它的各小节
+    this.names = new Map() // 页名（标题冒号前的一截、网址的最后一段）-> 叫这个名字的各页
+    this.terms = 0
+    this.words = new Map() // 字母词 -> 词元的序号
+    this.spellings = new Map() // 字母词在正文里的写法 -> 各词元的序号：同一个写法只拆一次
+    this.chars = new Uint16Array(0x10000) // 汉字 -> 1、2、3……；没见过的是 0
+    this.charCount = 0
+    this.bigrams = new Map() // 两字组合（见 bigram）-> 词元的序号
+    this.build(docs)
+    this.vocabulary = [...this.words.keys()].sort()
+    const titles = this.pages.flatMap(({ own }) => this.docs[own]?.foldedTitle.match(TOKEN) ?? [])
+    this.phrases = [...new Set(titles.filter(isHan))] // 页标题里的各段汉字，补全用
     const zeros = () => new Float64Array(this.docs.length)
-    this.scratch = { sum: zeros(), covered: zeros(), best: zeros(), bestIdf: zeros() } // 每次查询用完都归零
-    this.vocabulary = [...this.postings.keys()].filter((token) => !IS_HAN.test(token)).sort()
+    this.scratch = { sum: zeros(), covered: zeros(), best: zeros() } // 每次用完都归零
   }
 
-  add({ location, title, text, tags = [], boost = 1 }) {
-    const [page, anchor] = location.split("#")
-    const id = this.docs.length
-    const doc = { location, page, tags, boost, title: plain(title), text: plain(text) }
-    doc.foldedTitle = fold(doc.title)
-    doc.foldedText = fold(doc.text)
-    doc.folded = `${doc.foldedTitle}\n${doc.foldedText}\n${fold(tags.join("\n"))}`
-    if (anchor === undefined) this.pages.set(page, id)
-    const counts = new Map()
-    doc.length = 0
-    const count = (folded, weight) => {
-      for (const token of tokens(folded)) {
-        counts.set(token, (counts.get(token) ?? 0) + weight)
-        doc.length++
+  build(docs) {
+    const found = { doc: new Growing(), term: new Growing(), frequency: new Growing() } // 倒排之前，按小节的次序
+    const seen = [] // 词元 -> 最近一次见到它的小节
+    const frequency = [] // 词元 -> 它在这一小节的加权词频
+    const pages = new Map() // 页的网址 -> 页
+    for (const { location, title, text, tags = [], boost = 1 } of docs) {
+      const id = this.docs.length
+      const [url, anchor] = location.split("#")
+      const own = anchor === undefined
+      const doc = { location, title, text, tags, boost, own, foldedTitle: fold(title), foldedText: fold(text), foldedTags: fold(tags.join("\n")), length: 0 }
+      this.docs.push(doc)
+      if (!pages.has(url)) pages.set(url, { own: undefined, docs: [] })
+      const page = pages.get(url)
+      page.docs.push(id)
+      const here = []
+      const count = (folded, weight) =>
+        this.eachTerm(folded, (term) => {
+          if (seen[term] !== id) {
+            seen[term] = id
+            frequency[term] = 0
+            here.push(term)
+          }
+          frequency[term] += weight
+          doc.length++
+        })
+      count(doc.foldedTitle, own ? WEIGHT.page : WEIGHT.section)
+      count(doc.foldedText, WEIGHT.text)
+      if (own) {
+        page.own = id
+        for (const tag of tags) count(fold(tag), WEIGHT.tags)
+        const path = fold(url.replace(/(\.html|\/)$/, "")).split("/")
+        count(path.join(" "), WEIGHT.path)
+        for (const name of new Set([doc.foldedTitle.split("：")[0], path.at(-1)].map((text) => split(text).join(""))))
+          this.names.set(name, [...(this.names.get(name) ?? []), id])
+      }
+      for (const term of here) {
+        found.doc.push(id)
+        found.term.push(term)
+        found.frequency.push(frequency[term])
       }
     }
-    count(doc.foldedTitle, anchor === undefined ? WEIGHT.page : WEIGHT.section)
-    count(doc.foldedText, WEIGHT.text)
-    if (anchor === undefined) {
-      for (const tag of tags) count(fold(tag), WEIGHT.tags)
-      count(fold(page.replace(/\.html$/, "").replaceAll("/", " ")), WEIGHT.path)
+    this.pages = [...pages.values()]
+    this.invert(found)
+  }
+
+  /** 归一化的文字里的各词元，逐个交给 visit。 */
+  eachTerm(folded, visit) {
+    let last = 0 // 前一个汉字；0 是没有
+    let alone = false // 前一个汉字的前面不是汉字
+    for (let i = 0; i <= folded.length; i++) {
+      const code = folded.charCodeAt(i) // 末尾之后是 NaN
+      const char = han(code) ? (this.chars[code] ||= ++this.charCount) : 0
+      if (last && (char || alone)) visit(this.bigram(last, char))
+      alone = !last
+      last = char
     }
-    for (const [token, frequency] of counts) {
-      const list = this.postings.get(token)
-      if (list) list.push(id, frequency)
-      else this.postings.set(token, [id, frequency])
+    for (const token of folded.match(WORDS) ?? []) {
+      let terms = this.spellings.get(token)
+      if (!terms) this.spellings.set(token, (terms = words(token).map((word) => this.word(word))))
+      for (const term of terms) visit(term)
     }
-    this.docs.push(doc)
+  }
+
+  /** 按小节排的 (小节, 词元, 词频) → 按词元排的 (小节, 分)。第 t 个词元在 [starts[t], starts[t + 1])。 */
+  invert({ doc, term, frequency }) {
+    const average = this.docs.reduce((sum, { length }) => sum + length, 0) / (this.docs.length || 1)
+    this.norm = this.docs.map(({ length }) => K1 * (1 - B + (B * length) / average))
+    this.starts = new Uint32Array(this.terms + 1)
+    for (let i = 0; i < term.size; i++) this.starts[term.items[i] + 1]++
+    for (let t = 0; t < this.terms; t++) this.starts[t + 1] += this.starts[t]
+    const at = this.starts.slice()
+    this.ids = new Uint32Array(term.size)
+    this.gains = new Float32Array(term.size)
+    for (let i = 0; i < term.size; i++) {
+      const k = at[term.items[i]]++
+      this.ids[k] = doc.items[i]
+      this.gains[k] = this.gain(frequency.items[i], doc.items[i])
+    }
+  }
+
+  /** 词频 → BM25 的分，还没有乘 idf。 */
+  gain(frequency, id) {
+    return (frequency * (K1 + 1)) / (frequency + this.norm[id])
+  }
+
+  /** 相邻两个汉字的词元；second 是 0 时是前后都没有汉字的单字。 */
+  bigram(first, second) {
+    const key = first * 0x8000 + second
+    let term = this.bigrams.get(key)
+    if (term === undefined) this.bigrams.set(key, (term = this.terms++))
+    return term
+  }
+
+  word(word) {
+    let term = this.words.get(word)
+    if (term === undefined) this.words.set(word, (term = this.terms++))
+    return term
+  }
+
+  /** 一个词元的 [各小节, 各自的分]；没有这个词元就是空的。 */
+  postings(term) {
+    const [from, to] = term === undefined ? [0, 0] : [this.starts[term], this.starts[term + 1]]
+    return [this.ids.subarray(from, to), this.gains.subarray(from, to)]
+  }
+
+  /** 含有这个汉字的小节：单字自己没有倒排表，由含它的两字组合凑出来。 */
+  containing(char) {
+    const number = this.chars[char.charCodeAt(0)]
+    const ids = new Set()
+    if (number)
+      for (const [key, term] of this.bigrams)
+        if (key >> 15 === number || (key & 0x7fff) === number) for (const id of this.postings(term)[0]) ids.add(id)
+    const gains = Array.from(ids, (id) => this.gain(this.docs[id].foldedTitle.includes(char) ? WEIGHT.section : 1, id))
+    return [[...ids], gains]
   }
 
   /** 词表里以 prefix 开头的词。 */
@@ -145,71 +247,78 @@ class Index {
 
   /** 查询词 → [索引里的词, 权重]：本身、以它开头的；都没有就找差一个字母的。 */
   expand(word) {
-    if (word.length === 1) return [[word, 1]]
-    const found = this.startingWith(word).map((token) => [token, token === word ? 1 : PREFIX])
-    if (found.length || word.length < 4) return found
-    return this.vocabulary.filter((token) => oneEdit(word, token)).slice(0, MAX_EXPANSIONS).map((token) => [token, TYPO])
+    let found = this.expanded.get(word)
+    if (found) return found
+    if (word.length === 1) found = [[word, 1]]
+    else found = this.startingWith(word).map((token) => [token, token === word ? 1 : PREFIX])
+    if (!found.length && word.length >= 4)
+      found = this.vocabulary.filter((token) => oneEdit(word, token)).slice(0, MAX_EXPANSIONS).map((token) => [token, TYPO])
+    this.expanded.set(word, found)
+    return found
   }
 
-  /** 含有这个汉字的小节：单字不进索引，现找。 */
-  containing(char) {
-    const list = []
-    this.docs.forEach((doc, id) => doc.folded.includes(char) && list.push(id, doc.foldedTitle.includes(char) ? WEIGHT.section : 1))
-    return list
+  /** 一个查询词 → 几组 [各小节, 各自的分, 权重]。组里任一个对上就算这一组对上：汉字每两字一组，字母整个词一组。 */
+  groups(term) {
+    if (!isHan(term)) return [this.expand(term).map(([word, weight]) => [...this.postings(this.words.get(word)), weight])]
+    if (term.length === 1) return [[[...this.containing(term), 1]]]
+    const numbers = Array.from(term, (char) => this.chars[char.charCodeAt(0)])
+    return numbers.slice(1).map((second, i) => [[...this.postings(this.bigrams.get(numbers[i] * 0x8000 + second)), 1]])
   }
 
-  /** 一个查询词在各小节的得分，[[序号, 分], …]。 */
+  /** 一组的稀有程度。前缀与错字跟着原词算：clip 处处都有，clipping 少见也不比它值钱。 */
+  idf(group) {
+    const whole = group.find(([, , weight]) => weight === 1)
+    const df = Math.min(this.docs.length, whole ? whole[0].length : group.reduce((sum, [ids]) => sum + ids.length, 0))
+    return df && Math.log(1 + (this.docs.length - df + 0.5) / (df + 0.5))
+  }
+
+  /** 一个查询词在各小节的得分：[各小节, 各自的分]。 */
   scoreTerm(term) {
-    const han = IS_HAN.test(term)
-    // 每一组里任一个对上就算这一组对上：汉字每两字一组，字母整个词一组
-    const groups = han ? bigrams(term).map((gram) => [[gram, 1]]) : [this.expand(term)]
-    const { sum, covered, best, bestIdf } = this.scratch
+    const { sum, covered, best } = this.scratch
     const touched = []
     let total = 0
-    for (const group of groups) {
+    for (const group of this.groups(term)) {
       const here = []
-      let rarest = 0
-      for (const [token, weight] of group) {
-        const list = token.length === 1 && han ? this.containing(token) : this.postings.get(token)
-        if (!list?.length) continue
-        const df = list.length / 2
-        const idf = Math.log(1 + (this.docs.length - df + 0.5) / (df + 0.5))
-        rarest = Math.max(rarest, idf)
-        for (let k = 0; k < list.length; k += 2) {
-          const id = list[k]
-          const score = (weight * idf * list[k + 1] * (K1 + 1)) / (list[k + 1] + this.norm[id])
+      const idf = this.idf(group)
+      for (const [ids, gains, weight] of group) {
+        for (let k = 0; k < ids.length; k++) {
+          const id = ids[k]
+          const score = weight * idf * gains[k]
           if (score <= best[id]) continue
           if (!best[id]) here.push(id)
           best[id] = score
-          bestIdf[id] = idf
         }
       }
-      total += rarest // 全站都没有的两字组合（词与词的接缝）不算没覆盖到
+      total += idf // 全站都没有的两字组合（词与词的接缝）不算没覆盖到
       for (const id of here) {
         if (!sum[id]) touched.push(id)
         sum[id] += best[id]
-        covered[id] += bestIdf[id]
+        covered[id] += idf
         best[id] = 0
       }
     }
-    return touched.map((id) => {
+    const scores = touched.map((id) => {
       const coverage = Math.min(1, covered[id] / total)
-      let score = sum[id] * coverage * coverage
+      const score = sum[id] * coverage * coverage
       sum[id] = covered[id] = 0
-      const doc = this.docs[id]
-      if (han && term.length > 2) {
-        const whole = coverage > 0.999 && doc.folded.includes(term)
-        score *= whole ? (doc.foldedTitle.includes(term) ? 2 : 1.5) : APART
-      } else if (locate(doc.foldedTitle, term) >= 0) score *= doc.location.includes("#") ? 1.5 : 2.5
-      return [id, score]
+      return score * this.closeness(this.docs[id], term, coverage)
     })
+    return [touched, scores]
+  }
+
+  /** 整个词连在一起、在标题里，分数加倍；汉字散着的打折。 */
+  closeness({ foldedTitle, foldedText, foldedTags, own }, term, coverage) {
+    if (!isHan(term) || term.length <= 2) return locate(foldedTitle, term) < 0 ? 1 : own ? 2.5 : 1.5
+    if (coverage <= 0.999) return APART
+    if (foldedTitle.includes(term)) return 2
+    return foldedText.includes(term) || foldedTags.includes(term) ? 1.5 : APART
   }
 
   /** 同一句查询的几种写法，各是词的数组：连写与分写、同义词。同义词与原词一样算。 */
   variants(query) {
     const seen = new Map()
     const add = (text) => {
-      const terms = (text.match(TOKEN) ?? []).flatMap((token) => (IS_HAN.test(token) ? [token] : token.split(NOT_ALNUM).filter(Boolean)))
+      const terms = split(text)
       if (terms.length) seen.set(terms.join(" "), terms)
     }
     const writings = [query]
@@ -222,82 +331,92 @@ class Index {
       const terms = text.match(TOKEN) ?? []
       terms.forEach((term, i) => {
         const swap = (count, by) => add([...terms.slice(0, i), by, ...terms.slice(i + count)].join(" "))
-        if (IS_HAN.test(term)) return
+        if (isHan(term)) return
         const joined = term.split(NOT_ALNUM).join("")
-        if (joined !== term && this.postings.has(joined)) swap(1, joined) // ip-adapter → ipadapter
+        if (joined !== term && this.words.has(joined)) swap(1, joined) // ip-adapter → ipadapter
         const next = terms[i + 1]
-        if (next && !IS_HAN.test(next) && this.postings.has(joined + next)) swap(2, joined + next) // ip adapter → ipadapter
-        if (this.postings.has(joined)) return
+        if (next && !isHan(next) && this.words.has(joined + next)) swap(2, joined + next) // ip adapter → ipadapter
+        if (this.words.has(joined)) return
         for (let cut = 2; cut <= joined.length - 2; cut++) // ipadapter → ip adapter
-          if (this.postings.has(joined.slice(0, cut)) && this.postings.has(joined.slice(cut))) swap(1, `${joined.slice(0, cut)} ${joined.slice(cut)}`)
+          if (this.words.has(joined.slice(0, cut)) && this.words.has(joined.slice(cut))) swap(1, `${joined.slice(0, cut)} ${joined.slice(cut)}`)
       })
     }
     return [...seen.values()]
   }
 
-  /** 各小节的最高分与用的写法，Map(序号 -> [分, 词的数组])。 */
+  /** 各小节的最高分，与取到它的是哪一种写法；一个也没有就是 null。 */
   score(query) {
-    const best = new Map()
+    const variants = this.variants(query)
+    const scores = new Float64Array(this.docs.length)
+    const chosen = new Uint16Array(this.docs.length)
     const memory = new Map()
-    for (const terms of this.variants(query)) {
-      const sums = new Map()
+    for (const term of variants.flat()) if (!memory.has(term)) memory.set(term, this.scoreTerm(term))
+    const { sum, covered: matched } = this.scratch
+    variants.forEach((terms, variant) => {
       const distinct = new Set(terms)
+      const touched = []
       for (const term of distinct) {
-        if (!memory.has(term)) memory.set(term, this.scoreTerm(term))
-        for (const [id, score] of memory.get(term)) {
-          const entry = sums.get(id)
-          if (entry) {
-            entry[0] += score
-            entry[1]++
-          } else sums.set(id, [score, 1])
+        const [ids, gains] = memory.get(term)
+        for (let k = 0; k < ids.length; k++) {
+          const id = ids[k]
+          if (!matched[id]++) touched.push(id)
+          sum[id] += gains[k]
         }
       }
-      for (const [id, [sum, matched]] of sums) {
-        const share = matched / distinct.size
-        const score = sum * share * share * this.docs[id].boost
-        if (score > (best.get(id)?.[0] ?? 0)) best.set(id, [score, terms])
+      const named = this.names.get(terms.join("")) ?? []
+      for (const id of touched) {
+        const share = matched[id] / distinct.size
+        const score = sum[id] * share * share * this.docs[id].boost * (named.includes(id) ? NAMED : 1)
+        sum[id] = matched[id] = 0
+        if (score <= scores[id]) continue
+        scores[id] = score
+        chosen[id] = variant
       }
-    }
-    return best
+    })
+    return scores.some((score) => score > 0) ? { scores, terms: (id) => variants[chosen[id]] } : null
   }
 
   search(raw) {
     const query = fold(raw).trim()
-    if (!query.match(TOKEN)) return NOTHING
-    let scores = this.score(query)
-    const near = !scores.size
-    if (near) scores = this.score([...query].filter((char) => IS_HAN.test(char)).join(" ")) // 一个两字组合都没有：按单字找相近的
-    const pages = new Map()
-    for (const [id, [score, terms]] of scores) {
-      const { page } = this.docs[id]
-      if (!pages.has(page)) pages.set(page, [])
-      pages.get(page).push({ id, score, terms })
-    }
-    const ranked = [...pages.entries()].map(([page, hits]) => {
-      hits.sort((a, b) => b.score - a.score || a.id - b.id)
-      const rest = hits.slice(1, 4).reduce((sum, hit) => sum + hit.score, 0)
-      return { page, hits, score: hits[0].score + 0.2 * rest }
-    })
-    ranked.sort((a, b) => b.score - a.score || a.hits[0].id - b.hits[0].id)
     const asked = query.match(TOKEN)
-    const floor = (ranked[0]?.score ?? 0) * 0.05
-    const items = ranked
-      .filter(({ score }, rank) => score >= floor && rank < (near ? 5 : MAX_PAGES))
-      .map(({ page, hits }) => {
-        const listed = hits.slice(0, SECTIONS)
-        const own = this.pages.get(page)
-        // 界面要求每组都有这一页本身
-        if (own !== undefined && !listed.some((hit) => hit.id === own)) listed.push({ id: own, score: 0, terms: listed[0].terms })
-        return listed.map((hit) => this.present(hit, asked, near ? query : null))
-      })
+    if (!asked) return NOTHING
+    this.expanded = new Map()
+    let found = this.score(query)
+    const near = !found
+    if (near) found = this.score([...query].filter(isHan).join(" ")) // 一个两字组合都没有：按单字找相近的
+    const items = found ? this.rank(found.scores, near ? 5 : MAX_PAGES).map((page) => this.group(page, found, asked, near ? query : null)) : []
     return { items, suggest: this.suggest(query) }
   }
 
+  /** 分最高的几页：最好的一个小节，加上其后三个的两成。 */
+  rank(scores, limit) {
+    const ranked = []
+    for (const page of this.pages) {
+      const top = [0, 0, 0, 0]
+      for (const id of page.docs) {
+        let score = scores[id]
+        for (let k = 0; k < 4 && score > 0; k++) if (score > top[k]) [top[k], score] = [score, top[k]]
+      }
+      if (top[0]) ranked.push({ page, score: top[0] + 0.2 * (top[1] + top[2] + top[3]) })
+    }
+    ranked.sort((a, b) => b.score - a.score)
+    const floor = (ranked[0]?.score ?? 0) * 0.05
+    return ranked.slice(0, limit).filter(({ score }) => score >= floor).map(({ page }) => page)
+  }
+
+  /** 一页的各条结果，界面要求里面有这一页本身。 */
+  group({ own, docs }, { scores, terms }, asked, missing) {
+    const hits = docs.filter((id) => scores[id] > 0).sort((a, b) => scores[b] - scores[a] || a - b)
+    const listed = hits.slice(0, SECTIONS)
+    if (own !== undefined && !listed.includes(own)) listed.push(own)
+    return listed.map((id) => this.present(id, scores[id], terms(scores[id] ? id : hits[0]), asked, missing))
+  }
+
   /** 一条结果。asked 是读者打的词（用同义词找到时也标出来）；missing 是全站都没有的原查询，界面会标成“缺少”。 */
-  present({ id, score, terms }, asked, missing) {
+  present(id, score, terms, asked, missing) {
     const doc = this.docs[id]
-    const found = new Map(terms.map((term) => [term, this.pieces(term, doc.folded)]))
-    const marks = [...new Set([...found.values(), asked.filter((term) => locate(doc.folded, term) >= 0)].flat())]
+    const found = new Map(terms.map((term) => [term, this.pieces(term, doc)]))
+    const marks = [...new Set([...found.values(), asked.filter((term) => has(doc, term))].flat())]
     marks.sort((a, b) => b.length - a.length)
     const status = {}
     if (missing) status[missing] = false
@@ -316,15 +435,15 @@ class Index {
     }
   }
 
-  /** 查询词在文中出现的样子：整个；汉字不成整个就从左到右取最长的几段，字母词取差一个字母的。 */
-  pieces(term, folded) {
-    if (locate(folded, term) >= 0) return [term]
-    if (!IS_HAN.test(term)) return this.expand(term).map(([token]) => token).filter((token) => locate(folded, token) >= 0).slice(0, 1)
+  /** 查询词在小节里出现的样子：整个；汉字不成整个就从左到右取最长的几段，字母词取索引里对上的那个。 */
+  pieces(term, doc) {
+    if (has(doc, term)) return [term]
+    if (!isHan(term)) return this.expand(term).map(([word]) => word).filter((word) => has(doc, word)).slice(0, 1)
     const found = []
     for (let i = 0; i < term.length - 1; ) {
-      let end = term.length
-      while (end - i >= 2 && !folded.includes(term.slice(i, end))) end--
-      if (end - i >= 2) found.push(term.slice(i, end))
+      let end = i + 2
+      while (end <= term.length && has(doc, term.slice(i, end))) end++
+      if (--end - i >= 2) found.push(term.slice(i, end))
       i = Math.max(end, i + 1)
     }
     return found
@@ -336,14 +455,15 @@ class Index {
     if (last.length < 2) return []
     const tail = last.match(TOKEN)?.at(-1) ?? ""
     let best = ""
-    if (IS_HAN.test(tail)) {
-      for (const id of this.pages.values()) {
-        const run = this.docs[id].foldedTitle.match(new RegExp(`${tail}[${HAN}]+`))?.[0] ?? ""
-        if (run.length > tail.length && (!best || run.length < best.length)) best = run
+    if (isHan(tail)) {
+      for (const phrase of this.phrases) {
+        const at = phrase.indexOf(tail)
+        const rest = at < 0 ? "" : phrase.slice(at)
+        if (rest.length > tail.length && (!best || rest.length < best.length)) best = rest
       }
     } else if (tail) {
-      const size = (token) => this.postings.get(token).length
-      best = this.startingWith(tail).filter((token) => token !== tail).sort((a, b) => size(b) - size(a))[0] ?? ""
+      const size = (word) => this.postings(this.words.get(word))[0].length
+      best = this.startingWith(tail).filter((word) => word !== tail).sort((a, b) => size(b) - size(a))[0] ?? ""
     }
     return best && last.endsWith(tail) ? [last.slice(0, last.length - tail.length) + best] : []
   }
@@ -353,19 +473,21 @@ class Index {
 function mentions(query, phrase) {
   const at = query.indexOf(phrase)
   if (at < 0) return false
-  const joined = (a, b) => STARTS_ALNUM.test(a ?? "") && STARTS_ALNUM.test(b ?? "")
-  return !joined(query[at - 1], phrase[0]) && !joined(phrase.at(-1), query[at + phrase.length])
+  const joined = (before, after) => alnum(query.charCodeAt(before)) && alnum(query.charCodeAt(after))
+  return !joined(at - 1, at) && !joined(at + phrase.length - 1, at + phrase.length)
 }
 
 /** word 在 folded 里从 from 起第一次出现的位置；字母词要从词首算起，clip 里没有 ip。 */
 function locate(folded, word, from = 0) {
   let at = folded.indexOf(word, from)
-  if (!STARTS_ALNUM.test(word)) return at
-  while (at > 0 && STARTS_ALNUM.test(folded[at - 1])) at = folded.indexOf(word, at + 1)
+  if (alnum(word.charCodeAt(0))) while (at > 0 && alnum(folded.charCodeAt(at - 1))) at = folded.indexOf(word, at + 1)
   return at
 }
 
-const escape = (text) => text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;")
+const has = (doc, word) => locate(doc.foldedText, word) >= 0 || locate(doc.foldedTitle, word) >= 0 || locate(doc.foldedTags, word) >= 0
+
+const ENTITIES = { "&": "&amp;", "<": "&lt;", ">": "&gt;" }
+const escape = (text) => text.replace(/[&<>]/g, (char) => ENTITIES[char])
 
 /** 文中各处命中的 [起, 止)，不重叠；folded 是归一化之后的文字，与原文等长。 */
 function spans(folded, marks) {
