@@ -1,8 +1,9 @@
 """站内搜索与同类的对照：``.venv/bin/python benchmarks/search.py``，结果写进 README.md 的“搜索”一节。
 
 先 ``make site``。同一批页面、同一份查询（tests/data/search.tsv），同一个 Chromium 里轮流问：
-Material 原版、Material 加 jieba、Pagefind、自己的 worker。原版与 jieba 的索引由同一份索引
-还原成它们的样子（去掉同义词等，加回分词标记）；规模一项把索引复制到约 1000 页。
+Material 原版、Material 加 jieba、Pagefind、自己的 worker。原版的索引由同一份内容不挂
+hooks/search.py 另建一次得到（与 ``--site`` 的页、小节对不上就报错），配置用 Material 缺省的；
+jieba 的在它上面加分词标记。规模一项把索引复制到约 1000 页。
 """
 
 from __future__ import annotations
@@ -41,6 +42,22 @@ index = json.load(sys.stdin)
 for doc in index["docs"]:
     doc["title"], doc["text"] = cut(doc["title"]), cut(doc["text"])
 json.dump(index, sys.stdout)
+"""
+
+# 同一份内容、不改写索引的站点
+_BUILD = """
+import sys
+from mkdocs.commands.build import build
+from mkdocs.config import load_config
+from mkdocs.utils import yaml_load
+with open("mkdocs.yml", encoding="utf-8") as file:
+    hooks = [name for name in yaml_load(file)["hooks"] if name != "hooks/search.py"]
+config = load_config("mkdocs.yml", hooks=hooks, site_dir=sys.argv[1])
+config.plugins.on_startup(command="build", dirty=False)
+try:
+    build(config)
+finally:
+    config.plugins.on_shutdown()
 """
 
 # 与一个 worker 说话：装载毫秒、每条查询的毫秒与前十页
@@ -91,9 +108,12 @@ def cases(index: dict) -> list[tuple[str, set[str]]]:
     return [(query, wanted) for query, pages in rows if (wanted := set(pages.split(",")) & known)]
 
 
-def stock(index: dict, separator: str) -> dict:
-    """还原成 Material 缺省配置写出的索引。"""
-    docs = [{k: v for k, v in doc.items() if k != "boost"} for doc in index["docs"]]
+def stock(top: Path, ours: dict, separator: str) -> dict:
+    """Material 缺省配置写出的索引。"""
+    subprocess.run([sys.executable, "-c", _BUILD, str(top)], cwd=ROOT, check=True)
+    docs = json.loads((top / "search/search_index.json").read_text("utf-8"))["docs"]
+    if [doc["location"] for doc in docs] != [doc["location"] for doc in ours["docs"]]:
+        sys.exit("站点与 docs/ 对不上：先 make site")
     fields = {"title": {"boost": 1000.0}, "text": {"boost": 1.0}, "tags": {"boost": 1000000.0}}
     return {"config": {"lang": ["zh"], "separator": separator, "pipeline": ["stemmer"], "fields": fields}, "docs": docs}
 
@@ -141,7 +161,7 @@ def main() -> None:
         (site / "assets/javascripts/workers").mkdir(parents=True, exist_ok=True)
         shutil.copy(next((theme / "assets/javascripts/workers").glob("search.*.min.js")), site / "assets/javascripts/workers/stock.js")
         shutil.copytree(theme / "assets/javascripts/lunr", site / "assets/javascripts/lunr", dirs_exist_ok=True)
-        plain = stock(ours, separator)
+        plain = stock(Path(top) / "stock", ours, separator)
         with_jieba = json.loads(subprocess.run([python, "-c", _JIEBA], input=json.dumps(plain), capture_output=True, text=True, check=True).stdout)
         entries = {
             "Material 原版": ("assets/javascripts/workers/stock.js", plain),

@@ -34,9 +34,7 @@ DOCS = [
     ("k/clipping/", "杂项", "<p>clipping</p>", []),
     *((f"k/clip{i}/", "某图", "<p>CLIP 的用法</p>", []) for i in range(3)),
     ("k/lone/", "A 墙 B", "", []),
-    ("k/once/", "别的", "<p>消融实验</p>", []),
-    ("k/more/", "别的", "<p>消融实验</p>", []),
-    ("k/more/#again", "别的", "<p>消融实验</p>", []),
+    *((f"k/{at}", "别的", "<p>消融实验</p>", []) for at in ("once/#a", "more/#a", "more/#b")),
     ("k/named/", "零样本：别的", "<p>甲</p>", []),
     ("k/longer/", "零样本 零样本", "<p>零样本</p>", []),
 ]
