@@ -35,6 +35,9 @@ DOCS = [
     *((f"k/clip{i}/", "某图", "<p>CLIP 的用法</p>", []) for i in range(3)),
     ("k/lone/", "A 墙 B", "", []),
     *((f"k/{at}", "别的", "<p>消融实验</p>", []) for at in ("once/#a", "more/#a", "more/#b")),
+    ("l/other/", "甲", "<p>" + "ablation " * 10 + "</p>", []),
+    ("l/ablation/", "甲", "", []),
+    ("l/group/", "甲", "<p>" + "group norm " * 20 + "</p>", []),
     ("k/named/", "零样本：别的", "<p>甲</p>", []),
     ("k/longer/", "零样本 零样本", "<p>零样本</p>", []),
 ]
@@ -149,6 +152,8 @@ def test_pages_load_our_worker() -> None:
         ("墙", "k/lone/"),  # 前后都没有汉字的单字
         ("消融实验", "k/more/"),  # 几个小节都讲的胜过只有一个小节讲的
         ("零样本", "k/named/"),  # 页名就是它的胜过说得多的
+        ("gropu norm", "e/norm/"),  # 错字也认标题
+        ("ablatio", "l/ablation/"),  # 没打完的页名
     ],
 )
 def test_finds(find, query, page) -> None:
@@ -180,6 +185,8 @@ def test_nothing_found_offers_something_near(find) -> None:
     near = find("力学")
     assert pages(near)[0] == "c/attention/"
     assert near["items"][0][0]["terms"] == {"力学": False}  # 界面会写“缺少：力学”
+    near = find("contolnot")  # 错了两处
+    assert pages(near)[0] == "b/controlnet/" and near["items"][0][0]["terms"] == {"contolnot": False}
     for nothing in ("", "  ", "!!!", "龘", "zzzzzz"):
         assert find(nothing)["items"] == []
 
@@ -244,6 +251,14 @@ def test_any_query_is_answered(find, text) -> None:
     for group in found["items"]:
         assert group and all(hit["score"] >= 0 and hit["location"] for hit in group)
     assert found == find(text)  # 打分用的草稿纸用完都归零
+
+
+def test_earlier_queries_leave_no_trace(js) -> None:
+    queries = ["group", "norm", "group norm", "contrlnet", "交叉注意力", "力学", "卷", "clip"]
+    once = js.eval("(text, q) => JSON.stringify(new Index(JSON.parse(text)).search(q))")
+    again = js.eval("(q) => JSON.stringify(ix.search(q))")
+    index = json.dumps(search.finish(material(DOCS), SYNONYMS))
+    assert [again(q) for q in queries + queries[::-1]] == [once(index, q) for q in queries + queries[::-1]]
 
 
 @given(st.text("abc", max_size=5), st.text("abc", max_size=5))

@@ -28,6 +28,7 @@ const NAMED = 1.5 // 查询就是页名：标题冒号前的一截，或网址�
 const MAX_EXPANSIONS = 20
 const MAX_PAGES = 30
 const SECTIONS = 6 // 每页最多列几个小节
+const WARM_UP = 5 // 装好索引之后先自问几条
 
 let simplified = new Map() // 逐字换：繁体 → 简体，全角 → 半角
 let changed = /(?!)/g // 要换的字
@@ -112,13 +113,13 @@ class Index {
     const titles = this.pages.flatMap(({ own }) => this.docs[own]?.foldedTitle.match(TOKEN) ?? [])
     this.phrases = [...new Set(titles.filter(isHan))] // 页标题里的各段汉字，补全用
     const zeros = () => new Float64Array(this.docs.length)
-    this.scratch = { sum: zeros(), covered: zeros(), best: zeros() } // 每次用完都归零
+    this.scratch = { sum: zeros(), covered: zeros(), best: zeros(), inTitle: zeros() } // 每次用完都归零
   }
 
   build(docs) {
     const found = { doc: new Growing(), term: new Growing(), frequency: new Growing() } // 倒排之前，按小节的次序
     const seen = [] // 词元 -> 最近一次见到它的小节
-    const frequency = [] // 词元 -> 它在这一小节的加权词频
+    const frequency = [] // 词元 -> 它在这一小节的加权词频，乘 2，标题里有就再加 1
     const pages = new Map() // 页的网址 -> 页
     for (const { location, title, text, tags = [], boost = 1 } of docs) {
       const id = this.docs.length
@@ -134,13 +135,15 @@ class Index {
         this.eachTerm(folded, (term) => {
           if (seen[term] !== id) {
             seen[term] = id
-            frequency[term] = 0
+            frequency[term] = titled
             here.push(term)
           }
-          frequency[term] += weight
+          frequency[term] += 2 * weight
           doc.length++
         })
+      let titled = 1
       count(doc.foldedTitle, own ? WEIGHT.page : WEIGHT.section)
+      titled = 0
       count(doc.foldedText, WEIGHT.text)
       if (own) {
         page.own = id
@@ -188,10 +191,12 @@ class Index {
     const at = this.starts.slice()
     this.ids = new Uint32Array(term.size)
     this.gains = new Float32Array(term.size)
+    this.titled = new Uint8Array(term.size)
     for (let i = 0; i < term.size; i++) {
       const k = at[term.items[i]]++
       this.ids[k] = doc.items[i]
-      this.gains[k] = this.gain(frequency.items[i], doc.items[i])
+      this.gains[k] = this.gain(frequency.items[i] >> 1, doc.items[i])
+      this.titled[k] = frequency.items[i] & 1
     }
   }
 
@@ -214,10 +219,10 @@ class Index {
     return term
   }
 
-  /** 一个词元的 [各小节, 各自的分]；没有这个词元就是空的。 */
+  /** 一个词元的 [各小节, 各自的分, 标题里有没有]；没有这个词元就是空的。 */
   postings(term) {
     const [from, to] = term === undefined ? [0, 0] : [this.starts[term], this.starts[term + 1]]
-    return [this.ids.subarray(from, to), this.gains.subarray(from, to)]
+    return [this.ids.subarray(from, to), this.gains.subarray(from, to), this.titled.subarray(from, to)]
   }
 
   /** 含有这个汉字的小节：单字自己没有倒排表，由含它的两字组合凑出来。 */
@@ -227,8 +232,9 @@ class Index {
     if (number)
       for (const [key, term] of this.bigrams)
         if (key >> 15 === number || (key & 0x7fff) === number) for (const id of this.postings(term)[0]) ids.add(id)
-    const gains = Array.from(ids, (id) => this.gain(this.docs[id].foldedTitle.includes(char) ? WEIGHT.section : 1, id))
-    return [[...ids], gains]
+    const titled = Array.from(ids, (id) => Number(this.docs[id].foldedTitle.includes(char)))
+    const gains = Array.from(ids, (id, k) => this.gain(titled[k] ? WEIGHT.section : WEIGHT.text, id))
+    return [[...ids], gains, titled]
   }
 
   /** 词表里以 prefix 开头的词。 */
@@ -257,7 +263,7 @@ class Index {
     return found
   }
 
-  /** 一个查询词 → 几组 [各小节, 各自的分, 权重]。组里任一个对上就算这一组对上：汉字每两字一组，字母整个词一组。 */
+  /** 一个查询词 → 几组 [各小节, 各自的分, 标题里有没有, 权重]。组里任一个对上就算这一组对上：汉字每两字一组，字母整个词一组。 */
   groups(term) {
     if (!isHan(term)) return [this.expand(term).map(([word, weight]) => [...this.postings(this.words.get(word)), weight])]
     if (term.length === 1) return [[[...this.containing(term), 1]]]
@@ -267,22 +273,23 @@ class Index {
 
   /** 一组的稀有程度。前缀与错字跟着原词算：clip 处处都有，clipping 少见也不比它值钱。 */
   idf(group) {
-    const whole = group.find(([, , weight]) => weight === 1)
+    const whole = group.find(([, , , weight]) => weight === 1)
     const df = Math.min(this.docs.length, whole ? whole[0].length : group.reduce((sum, [ids]) => sum + ids.length, 0))
     return df && Math.log(1 + (this.docs.length - df + 0.5) / (df + 0.5))
   }
 
   /** 一个查询词在各小节的得分：[各小节, 各自的分]。 */
   scoreTerm(term) {
-    const { sum, covered, best } = this.scratch
+    const { sum, covered, best, inTitle } = this.scratch
     const touched = []
     let total = 0
     for (const group of this.groups(term)) {
       const here = []
       const idf = this.idf(group)
-      for (const [ids, gains, weight] of group) {
+      for (const [ids, gains, titled, weight] of group) {
         for (let k = 0; k < ids.length; k++) {
           const id = ids[k]
+          inTitle[id] |= titled[k]
           const score = weight * idf * gains[k]
           if (score <= best[id]) continue
           if (!best[id]) here.push(id)
@@ -299,16 +306,16 @@ class Index {
     }
     const scores = touched.map((id) => {
       const coverage = Math.min(1, covered[id] / total)
-      const score = sum[id] * coverage * coverage
-      sum[id] = covered[id] = 0
-      return score * this.closeness(this.docs[id], term, coverage)
+      const score = sum[id] * coverage * coverage * this.closeness(this.docs[id], term, coverage, inTitle[id])
+      sum[id] = covered[id] = inTitle[id] = 0
+      return score
     })
     return [touched, scores]
   }
 
   /** 整个词连在一起、在标题里，分数加倍；汉字散着的打折。 */
-  closeness({ foldedTitle, foldedText, foldedTags, own }, term, coverage) {
-    if (!isHan(term) || term.length <= 2) return locate(foldedTitle, term) < 0 ? 1 : own ? 2.5 : 1.5
+  closeness({ foldedTitle, foldedText, foldedTags, own }, term, coverage, inTitle) {
+    if (!isHan(term) || term.length <= 2) return !inTitle ? 1 : own ? 2.5 : 1.5
     if (coverage <= 0.999) return APART
     if (foldedTitle.includes(term)) return 2
     return foldedText.includes(term) || foldedTags.includes(term) ? 1.5 : APART
@@ -363,7 +370,9 @@ class Index {
           sum[id] += gains[k]
         }
       }
-      const named = this.names.get(terms.join("")) ?? []
+      const typing = terms.length === 1 && !isHan(terms[0]) && !this.words.has(terms[0]) // 没打完，或打错了
+      const names = typing ? this.expand(terms[0]).map(([word]) => word) : [terms.join("")]
+      const named = names.flatMap((name) => this.names.get(name) ?? [])
       for (const id of touched) {
         const share = matched[id] / distinct.size
         const score = sum[id] * share * share * this.docs[id].boost * (named.includes(id) ? NAMED : 1)
@@ -383,9 +392,31 @@ class Index {
     this.expanded = new Map()
     let found = this.score(query)
     const near = !found
-    if (near) found = this.score([...query].filter(isHan).join(" ")) // 一个两字组合都没有：按单字找相近的
+    if (near) found = this.score(this.similar(query)) // 一个也没有：找相近的
     const items = found ? this.rank(found.scores, near ? 5 : MAX_PAGES).map((page) => this.group(page, found, asked, near ? query : null)) : []
     return { items, suggest: this.suggest(query) }
+  }
+
+  /** 相近的查询：汉字拆成单字，字母词换成相邻两字母重合最多（至少一半）的那个。 */
+  similar(query) {
+    const alike = (word) => {
+      let best = ""
+      let most = 0.5
+      for (const other of this.vocabulary) {
+        let shared = 0
+        for (let i = 1; i < other.length; i++) if (word.includes(other.slice(i - 1, i + 1))) shared++
+        const score = (2 * shared) / (word.length + other.length - 2)
+        if (score > most) [best, most] = [other, score]
+      }
+      return best
+    }
+    return split(query).map((term) => (isHan(term) ? [...term].join(" ") : alike(term))).join(" ")
+  }
+
+  /** 先自问几条：浏览器编译好热的函数之后，读者的第一条查询才不慢。 */
+  warm() {
+    for (const { own } of this.pages.slice(0, WARM_UP)) if (own !== undefined) this.search(this.docs[own].title)
+    return this
   }
 
   /** 分最高的几页：最好的一个小节，加上其后三个的两成。 */
@@ -531,7 +562,7 @@ let index = null // 装好的索引（Promise）
 /** 装索引，只装一次；线上的索引有几百 KB，等读者真的要搜才取。取不到时下一次查询再试。 */
 function load() {
   index ??= (source.config.more ? fetchIndex(new URL(`../../search/${source.config.more}`, location)) : Promise.resolve(source))
-    .then((data) => new Index(data))
+    .then((data) => new Index(data).warm())
     .catch((error) => { index = null; throw error })
   return index
 }
