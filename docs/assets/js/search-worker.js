@@ -113,11 +113,12 @@ class Index {
     const titles = this.pages.flatMap(({ own }) => this.docs[own]?.foldedTitle.match(TOKEN) ?? [])
     this.phrases = [...new Set(titles.filter(isHan))] // 页标题里的各段汉字，补全用
     const zeros = () => new Float64Array(this.docs.length)
+    this.found = { scores: zeros(), chosen: new Uint16Array(this.docs.length), terms: (id) => this.found.variants[this.found.chosen[id]] }
     this.scratch = { sum: zeros(), covered: zeros(), best: zeros(), inTitle: zeros() } // 每次用完都归零
   }
 
   build(docs) {
-    const found = { doc: new Growing(), term: new Growing(), frequency: new Growing() } // 倒排之前，按小节的次序
+    const found = { term: new Growing(), frequency: new Growing(), ends: [] } // 倒排之前：第 i 个小节的到 ends[i] 为止
     const seen = [] // 词元 -> 最近一次见到它的小节
     const frequency = [] // 词元 -> 它在这一小节的加权词频，乘 2，标题里有就再加 1
     const pages = new Map() // 页的网址 -> 页
@@ -154,10 +155,10 @@ class Index {
           this.names.set(name, [...(this.names.get(name) ?? []), id])
       }
       for (const term of here) {
-        found.doc.push(id)
         found.term.push(term)
         found.frequency.push(frequency[term])
       }
+      found.ends.push(found.term.size)
     }
     this.pages = [...pages.values()]
     this.invert(found)
@@ -182,7 +183,7 @@ class Index {
   }
 
   /** 按小节排的 (小节, 词元, 词频) → 按词元排的 (小节, 分)。第 t 个词元在 [starts[t], starts[t + 1])。 */
-  invert({ doc, term, frequency }) {
+  invert({ term, frequency, ends }) {
     const average = this.docs.reduce((sum, { length }) => sum + length, 0) / (this.docs.length || 1)
     this.norm = this.docs.map(({ length }) => K1 * (1 - B + (B * length) / average))
     this.starts = new Uint32Array(this.terms + 1)
@@ -192,10 +193,11 @@ class Index {
     this.ids = new Uint32Array(term.size)
     this.gains = new Float32Array(term.size)
     this.titled = new Uint8Array(term.size)
-    for (let i = 0; i < term.size; i++) {
+    for (let i = 0, id = 0; i < term.size; i++) {
+      while (i === ends[id]) id++
       const k = at[term.items[i]]++
-      this.ids[k] = doc.items[i]
-      this.gains[k] = this.gain(frequency.items[i] >> 1, doc.items[i])
+      this.ids[k] = id
+      this.gains[k] = this.gain(frequency.items[i] >> 1, id)
       this.titled[k] = frequency.items[i] & 1
     }
   }
@@ -354,8 +356,9 @@ class Index {
   /** 各小节的最高分，与取到它的是哪一种写法；一个也没有就是 null。 */
   score(query) {
     const variants = this.variants(query)
-    const scores = new Float64Array(this.docs.length)
-    const chosen = new Uint16Array(this.docs.length)
+    const { scores, chosen } = this.found // 每次查询都用这两个，省得扔掉几百 KB 让浏览器回收
+    scores.fill(0)
+    this.found.variants = variants
     const memory = new Map()
     for (const term of variants.flat()) if (!memory.has(term)) memory.set(term, this.scoreTerm(term))
     const { sum, covered: matched } = this.scratch
@@ -382,7 +385,7 @@ class Index {
         chosen[id] = variant
       }
     })
-    return scores.some((score) => score > 0) ? { scores, terms: (id) => variants[chosen[id]] } : null
+    return scores.some((score) => score > 0) ? this.found : null
   }
 
   search(raw) {
