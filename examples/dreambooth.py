@@ -285,7 +285,8 @@ zhixing.metric("lora_lr_ratio", LORA_LR / LR)
 assert low_rank["leak"] <= 0.05 and low_rank["right"] >= 0.9 and low_rank["fidelity"] >= 0.75, low_rank
 
 _, low_rank_naive, _ = control("lora_naive", rank=8, lam=0.0)
-assert low_rank_naive["leak"] >= 0.7 and low_rank_naive["diversity"] < 0.5, low_rank_naive   # 低秩挡不住泄漏
+assert low_rank_naive["leak"] >= max(0.5, 10 * low_rank["leak"]), low_rank_naive           # 低秩挡不住泄漏
+assert low_rank_naive["diversity"] < 0.8 * low_rank["diversity"], low_rank_naive
 
 red = circles[:, 0] == 0
 common_sd, common, common_pictures = control("common", word="红")
