@@ -1,15 +1,25 @@
 """书：先用一个小站点逐条查，再把同样的检查用在整本书上。
 
-检查的是排出来的 PDF 本身：结构用 pypdf 读，版面用 pypdfium2 渲染成图再看像素。
+检查的是排出来的 PDF 本身：结构用 pypdf 读，版面用 pypdfium2 渲染成图再看像素。整本书要排几分钟：
+内容、样式、字体与工具都没变，就用上次排好的，查过没问题的也不再查；删掉 ``.cache`` 结果一样。
 """
 
+import contextlib
+import functools
+import hashlib
+import importlib.metadata
 import io
+import json
+import os
 import re
+import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from xml.etree import ElementTree
@@ -21,6 +31,8 @@ import pytest
 from test_build import ENV, REPO, new_project
 
 from zhixing import book, cli, epub, pdf
+from zhixing.cache import write_atomic
+from zhixing.output import publish
 
 RICH = """---
 id: rich
@@ -65,6 +77,13 @@ $$
 a_1+a_2+a_3+a_4+a_5+a_6+a_7+a_8+a_9+a_{10}+a_{11}+a_{12}+a_{13}+a_{14}+a_{15}+a_{16}+a_{17}+a_{18}+a_{19}+a_{20}+a_{21}+a_{22}+a_{23}+a_{24}+a_{25}+a_{26}+a_{27}+a_{28} = \\sum_{i=1}^{28} a_i \\tag{1}
 $$
 
+分式、求和、根式、矩阵、分段与上下标：$\\frac{a_i^2}{1+\\frac{b}{c}}$、$\\hat y_{t-1}^{(k)}\\ge\\overline{x}$、$\\binom{n}{k}$。
+
+$$
+f(x)=\\begin{cases}\\sqrt[3]{\\frac{x}{2}} & x>0 \\\\ \\underbrace{-x}_{\\text{负的}} & \\text{否则}\\end{cases}\\qquad
+\\begin{pmatrix}a_{11} & \\cdots \\\\ \\vdots & \\ddots\\end{pmatrix}\\sum_{i=1}^{n}\\int_0^1\\left(\\frac{x}{y}\\right)^{2}
+$$
+
 | 名字 | 很长的一格 |
 |---|---|
 | 甲 | `a_very_long_identifier_without_any_space_that_must_be_broken_somewhere_or_it_leaves_the_page_entirely_and_is_lost` |
@@ -94,13 +113,21 @@ def check(solution):
 INK = 245  # 灰度低于它就算有墨
 
 
+KEPT = 30 * 86400  # 这么多秒没用到的整本书删掉
+
+
 @dataclass
 class Printed:
-    """一本排好的书，与它的来历。"""
+    """一本排好的书，与它的来历。
+
+    Attributes:
+        memory: 记着哪些检查通过了的文件名前缀；小站点的书不记，每次都查。
+    """
 
     source: book.Book
     path: Path
     stats: pdf.Stats
+    memory: Path | None = None
 
     @cached_property
     def reader(self) -> pypdf.PdfReader:
@@ -187,13 +214,62 @@ def small(tmp_path_factory) -> Printed:
     return Printed(source, project.root / "small.pdf", pdf.write(source, project.root / "small.pdf"))
 
 
+def identity(source: book.Book) -> str:
+    """排出来的 PDF 由什么决定：合成的 HTML、图、样式、字体、排版的代码与工具。"""
+    katex = source.root / "node_modules/katex/dist"
+    html = pdf.document(source)
+    images = sorted({e.get("src", "") for e in html.iter("img") if not e.get("src", "").startswith("data:")})
+    files = [source.site / image for image in images]
+    files += [Path(pdf.__file__), pdf.CSS, katex / "katex.min.css", *sorted((katex / "fonts").glob("*.ttf"))]
+    found = hashlib.sha256(ElementTree.tostring(html))
+    for path in files:
+        found.update(f"\n{path.name}\n".encode() + path.read_bytes())
+    tools = [f"{name} {importlib.metadata.version(name)}" for name in ("weasyprint", "pydyf", "fonttools", "tinycss2", "cssselect2")]
+    system = ["libpango-1.0-0", "libharfbuzz0b", "libharfbuzz-subset0", "fonts-noto-cjk"]
+    for command in (["dpkg-query", "-W", *system], ["fc-match", "Noto Serif CJK SC", "file"]):
+        with contextlib.suppress(OSError):
+            tools.append(subprocess.run(command, capture_output=True, text=True).stdout)
+    found.update("\n".join(tools).encode())
+    return found.hexdigest()
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory) -> Printed:
-    """真实站点的整本书，只建一次。"""
+    """真实站点的整本书，只建一次；封面上不印提交号，换一个提交而内容没变就不用重排。"""
     top = tmp_path_factory.mktemp("whole")
     print_site(REPO, top / "print")
-    source = book.load(REPO, top / "print")
-    return Printed(source, top / "whole.pdf", pdf.write(source, top / "whole.pdf"))
+    source = replace(book.load(REPO, top / "print"), version="整本", date="2026-01-01")
+    store = REPO / ".cache/zhixing/book"
+    store.mkdir(parents=True, exist_ok=True)
+    for path in store.iterdir():
+        if time.time() - path.stat().st_mtime > KEPT:
+            path.unlink(missing_ok=True)
+    kept = store / identity(source)
+    made, stats = kept.with_suffix(".pdf"), kept.with_suffix(".json")
+    if made.is_file() and stats.is_file():
+        os.utime(made), os.utime(stats)
+        return Printed(source, made, pdf.Stats(**json.loads(stats.read_text("utf-8"))), kept)
+    found = pdf.write(source, top / "whole.pdf")
+    publish(made, lambda temporary: shutil.copy(top / "whole.pdf", temporary))
+    write_atomic(stats, json.dumps(asdict(found)))
+    return Printed(source, made, found, kept)
+
+
+def remembered(check: Callable[[Printed], None]) -> Callable[[Printed], None]:
+    """对整本书的检查，同一个 PDF、同一份检查通过过一次就不再做。"""
+    tools = [importlib.metadata.version(name) for name in ("pypdf", "pypdfium2", "numpy")]
+    digest = hashlib.sha256(json.dumps([Path(__file__).read_text("utf-8"), Path(book.__file__).read_text("utf-8"), tools]).encode())
+
+    @functools.wraps(check)
+    def run(printed: Printed) -> None:
+        passed = printed.memory and printed.memory.with_suffix(f".{check.__name__}-{digest.hexdigest()[:16]}")
+        if passed and passed.is_file():
+            return os.utime(passed)
+        check(printed)
+        if passed:
+            write_atomic(passed, "")
+
+    return run
 
 
 @pytest.fixture(params=["small", pytest.param("whole", marks=pytest.mark.slow)])
@@ -204,6 +280,7 @@ def printed(request) -> Printed:
 # ---- 导航：书签、链接、页码 ----
 
 
+@remembered
 def test_every_heading_is_a_bookmark(printed):
     def titles(outline):
         for item in outline:
@@ -217,6 +294,7 @@ def test_every_heading_is_a_bookmark(printed):
     assert len(headings) == printed.stats.bookmarks > 5
 
 
+@remembered
 def test_every_internal_link_lands_somewhere(printed):
     destinations, links, outside = printed.destinations, 0, []
     for page in printed.reader.pages:
@@ -255,6 +333,7 @@ def index_lines(printed: Printed, slug: str, stop: str | None) -> list[tuple[int
     return found
 
 
+@remembered
 def test_contents_and_question_index_print_the_right_page_numbers(printed):
     chapters = printed.source.chapters
     contents = index_lines(printed, "", chapters[0].pages[0].slug)
@@ -268,6 +347,7 @@ def test_contents_and_question_index_print_the_right_page_numbers(printed):
     assert [q for q in questions if q[0] not in q[1]] == []
 
 
+@remembered
 def test_running_head_names_the_chapter_and_the_page(printed):
     for chapter in printed.source.chapters:
         for page in chapter.pages:
@@ -280,6 +360,7 @@ def test_running_head_names_the_chapter_and_the_page(printed):
 # ---- 版面 ----
 
 
+@remembered
 def test_nothing_leaves_the_text_area(printed):
     """版心左右 20 mm、下边 22 mm 之外，除页码外不该有墨。"""
     out = []
@@ -289,6 +370,7 @@ def test_nothing_leaves_the_text_area(printed):
     assert out == []
 
 
+@remembered
 def test_no_black_boxes(printed):
     """SVG 的颜色没解析出来就是整片纯黑；图里最深的颜色也没有这么黑。"""
     bad = []
@@ -299,10 +381,12 @@ def test_no_black_boxes(printed):
     assert bad == []
 
 
+@remembered
 def test_no_blank_pages(printed):
     assert [n for n, image in enumerate(printed.bitmaps, 1) if image[60:-60].min() > INK] == []
 
 
+@remembered
 def test_no_missing_glyphs(printed):
     shown = 0
     for stream in printed.streams():
@@ -313,6 +397,7 @@ def test_no_missing_glyphs(printed):
     assert shown > 500
 
 
+@remembered
 def test_fonts_are_embedded_subsets(printed):
     fonts = {}
     for page in printed.reader.pages:
@@ -335,6 +420,7 @@ def test_fonts_are_embedded_subsets(printed):
 # ---- 无障碍与元数据 ----
 
 
+@remembered
 def test_tagged_with_language_and_metadata(printed):
     root, info = printed.reader.trailer["/Root"], printed.reader.metadata
     assert root["/MarkInfo"]["/Marked"] and root["/Lang"] == "zh-CN"
@@ -346,6 +432,7 @@ def test_tagged_with_language_and_metadata(printed):
     assert all(node["/A"]["/Scope"] == "/Column" for node in printed.structure if node["/S"] == "/TH")
 
 
+@remembered
 def test_formulas_and_figures_have_alternate_text(printed):
     formulas = [e.get("data-tex") for e in printed.html.iter("math-tex")]
     assert len(formulas) > 3 and all(formulas)
@@ -378,6 +465,20 @@ def test_same_input_gives_the_same_bytes(small, tmp_path):
     assert (tmp_path / "again.pdf").read_bytes() == small.path.read_bytes()
 
 
+def test_fast_layout_looks_exactly_like_the_plain_one(small, tmp_path, monkeypatch):
+    """公式改写过的 HTML 与省掉的重复计算，不改变版面的任何一个像素。"""
+    monkeypatch.setattr(pdf, "_flatten", lambda stack: None)
+    monkeypatch.setattr(pdf, "_share_styles", lambda html: None)
+    monkeypatch.setattr(pdf, "_fast_formulas", contextlib.nullcontext)
+    monkeypatch.setattr(pdf, "_estimate", lambda element: 1e6)  # 每个行间公式都真排一遍来量
+    plain = tmp_path / "plain.pdf"
+    stats = pdf.write(small.source, plain)
+    assert stats.pages == small.stats.pages
+    slow = Printed(small.source, plain, stats)
+    for number, (fast, expected) in enumerate(zip(small.bitmaps, slow.bitmaps, strict=True), 1):
+        assert np.abs(fast.astype(int) - expected).max() <= 2, f"第 {number} 页"
+
+
 def test_one_page_or_one_chapter(small, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(small.source.root)
     target = tmp_path / "one.pdf"
@@ -395,8 +496,6 @@ def test_one_page_or_one_chapter(small, tmp_path, capsys, monkeypatch):
 
 
 def copy_of(small: Printed, tmp_path: Path) -> Path:
-    import shutil
-
     return Path(shutil.copytree(small.source.site, tmp_path / "print"))
 
 

@@ -2,7 +2,8 @@
 
 带标签（PDF/UA-1）、书签、目录与题目索引的页码都由 CSS 与 WeasyPrint 得出；公式在结构树里
 标成 ``Formula``，替代文本是 TeX 原文——这一步 WeasyPrint 没有接口，见 :func:`_formula_tags`。
-同一个提交排出的文件逐字节相同。
+时间大半花在公式上：:func:`_speakable` 与 :func:`_share_styles` 把 KaTeX 的 HTML 改成排得快的样子，
+:func:`_fast_formulas` 不让公式重复量，版面逐像素不变。同一个提交排出的文件逐字节相同。
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ CSS = Path(__file__).with_name("book.css")
 TEXT_WIDTH = 642  # px：版心宽 170 mm，与 book.css 一致
 _NARROWER = 28  # px：列表、提示框、折叠块每套一层，公式能用的宽度少这么多
 _DIAGRAM_SCALE = 0.75
-_LONG = 45  # 字符；TeX 原文比它短的公式不会太宽，不用量
+_EM = 14.4  # px：正文里公式的字号，1.08 × 10 pt
+_TAG = 2.6  # em：行间公式的编号占的宽，与 book.css 一致；为了居中，左边也空这么多
+_DOUBT = 0.75  # 估计的宽度不到版心的这么多，就不用真排一遍来量；估计最多偏小到五分之四
+_STACK = "zx-stack"
 _SMALLEST = 0.45  # 公式最多缩到这个比例，再小就看不清了
 
 
@@ -52,9 +56,10 @@ def write(book: Book, output: Path) -> Stats:
     """
     weasyprint = _weasyprint()
     html = document(book)
-    with _complaints() as complaints, _formula_tags(), _no_gc():
+    with _complaints() as complaints, _formula_tags(), _fast_formulas(), _no_gc():
         press = _Press(book, weasyprint)
         _fit(html, press)
+        _share_styles(html)
         rendered = press.render(html)
         stats: list[int] = []
 
@@ -161,6 +166,33 @@ def _speakable(formula: etree.Element) -> None:
     formula.set("data-tex", " ".join((formula.get("data-tex") or tex_of(formula)).split()))
     for part in formula.iter(f"{SVG}svg"):
         part.set("data-part", "formula")
+    for stack in formula.iter("span"):
+        if "vlist-t" in stack.get("class", "").split():
+            _flatten(stack)
+
+
+def _flatten(stack: etree.Element) -> None:
+    """上下标、分式用的行内表格（一列，至多两行）换成行内块：排表格要多量几遍。
+
+    第一行的高在基线之上，第二行的高在基线之下；各层本来就是零高的块，只把起点移到基线上。
+    """
+    cell, *below = [row[0] for row in stack]
+    above, *depth = [float(re.search(r"height:(-?[\d.]+)em", e.get("style", ""))[1]) for e in (cell, *below)]
+    cell.set("style", f"padding-top:{above}em;height:{sum(depth)}em")
+    stack.set("class", f"{stack.get('class')} {_STACK}")
+    stack[:] = [cell]
+
+
+def _share_styles(html: etree.Element) -> None:
+    """公式的行内样式换成类：近两万个 ``style`` 只有几百种，WeasyPrint 只在类相同时共用算好的样式。"""
+    names: dict[str, str] = {}
+    for formula in html.iter("math-tex"):
+        for element in formula.iter("span"):
+            if style := element.attrib.pop("style", "").strip("; "):
+                name = names.setdefault(style, f"zx-s{len(names)}")
+                element.set("class", f"{element.get('class', '')} {name}".strip())
+    rules = (f".{name}{{{style.replace(';', ' !important;')} !important}}" for style, name in names.items())
+    etree.SubElement(html.find("head"), "style").text = "".join(rules)
 
 
 def _entry(contents: etree.Element, level: int, target: str, title: str) -> None:
@@ -209,7 +241,7 @@ def _fit(html: etree.Element, press: _Press) -> None:
         if element.tag in ("li", "blockquote", "td") or {"admonition", "fold"} & set(element.get("class", "").split()):
             available -= _NARROWER
         if element.get("class") == "zx-math-block":
-            if any(len(f.get("data-tex", "")) > _LONG for f in element.iter("math-tex")):
+            if _estimate(element) * _EM > available * _DOUBT:
                 displays.append((element, available))
             return
         for child in element:
@@ -233,6 +265,22 @@ def _fit(html: etree.Element, press: _Press) -> None:
         width = widths[id(holder)]
         if width > available:
             element.set("style", f"font-size:{max(available / width * 0.99, _SMALLEST):.3f}em")
+
+
+def _estimate(element: etree.Element) -> float:
+    """公式大约几个 em 宽。``vlist`` 里的各层叠在一起，其余首尾相接。"""
+    classes = set(element.get("class", "").split())
+    if classes & {"pstrut", "vlist-s"}:
+        return 0
+    if "katex-tag" in classes:
+        return 2 * _TAG
+    parts = [_estimate(child) for child in element]
+    width = max(parts, default=0) if "vlist" in classes else sum(parts)
+    if "mspace" in classes:
+        width += sum(float(n) for n in re.findall(r"margin-(?:left|right):([\d.]+)em", element.get("style", "")))
+    for text in (element.text, *(child.tail for child in element)):
+        width += sum(1.0 if c > "\u2e80" else 0.64 for c in text or "")
+    return width * (0.75 if "size3" in classes else 1)
 
 
 @contextmanager
@@ -263,6 +311,58 @@ def _no_gc() -> Iterator[None]:
     finally:
         if enabled:
             gc.enable()
+
+
+@contextmanager
+def _fast_formulas() -> Iterator[None]:
+    """公式里的盒子不折行：最窄与最宽是同一个数，同一段字排出来也总是同一个样，都只算一次。
+
+    WeasyPrint 70 每进一层行内块就把里面再量两遍。:func:`_flatten` 的行内块以第一行的底为基线，
+    CSS 里没有这样的写法，也在这里定。版本写死在 requirements.txt，换版本时由测试
+    （关掉这里，排出来逐像素相同）把关。
+    """
+    from weasyprint.formatting_structure import boxes
+    from weasyprint.layout import inline, preferred
+
+    baseline_of, split = inline.inline_block_baseline, inline.split_first_line
+    narrowest, widest = preferred.min_content_width, preferred.max_content_width
+    lines: dict[tuple, tuple] = {}
+
+    def rigid(box: Any) -> bool:
+        return isinstance(box, boxes.InlineBlockBox) and box.style["white_space"] == "nowrap"
+
+    def min_content_width(context: Any, box: Any, outer: bool = True) -> float:
+        return max_content_width(context, box, outer) if rigid(box) else narrowest(context, box, outer)
+
+    def max_content_width(context: Any, box: Any, outer: bool = True) -> float:
+        if not rigid(box):
+            return widest(context, box, outer)
+        known = box.__dict__.setdefault("zx_widths", {})
+        if outer not in known:
+            known[outer] = widest(context, box, outer)
+        return known[outer]
+
+    def split_first_line(text: str, style: Any, context: Any, max_width: Any, spacing: float, **options: Any) -> tuple:
+        if style["white_space"] != "nowrap":
+            return split(text, style, context, max_width, spacing, **options)
+        key = text, id(style), spacing
+        if key not in lines:  # 连 style 一起留着，它的 id 才不会给了别人
+            lines[key] = style, split(text, style, context, max_width, spacing, **options)
+        return lines[key][1]
+
+    def inline_block_baseline(box: Any) -> float:
+        stacked = box.element is not None and _STACK in box.element.get("class", "")
+        return box.children[0].padding_top if stacked else baseline_of(box)
+
+    inline.inline_block_baseline = inline_block_baseline
+    inline.split_first_line = preferred.split_first_line = split_first_line
+    preferred.min_content_width, preferred.max_content_width = min_content_width, max_content_width
+    try:
+        yield
+    finally:
+        inline.inline_block_baseline = baseline_of
+        inline.split_first_line = preferred.split_first_line = split
+        preferred.min_content_width, preferred.max_content_width = narrowest, widest
 
 
 @contextmanager
