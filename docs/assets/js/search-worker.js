@@ -25,6 +25,7 @@ const TYPO = 0.5 // 差一个字母
 const MAX_WRITINGS = 12 // 一句查询最多换成几种说法
 const APART = 0.4 // 字都有，但没有连在一起
 const NAMED = 1.5 // 查询就是页名：标题冒号前的一截，或网址的最后一段
+const SINGLE = 0.1 // 夹在别的词之间的单字（和、与、的）有没有都差不多
 const MAX_EXPANSIONS = 20
 const MAX_PAGES = 30
 const SECTIONS = 6 // 每页最多列几个小节
@@ -365,11 +366,15 @@ class Index {
     variants.forEach((terms, variant) => {
       const distinct = new Set(terms)
       const touched = []
+      let whole = 0
       for (const term of distinct) {
         const [ids, gains] = memory.get(term)
+        const weight = isHan(term) && term.length === 1 ? SINGLE : 1
+        whole += weight
         for (let k = 0; k < ids.length; k++) {
           const id = ids[k]
-          if (!matched[id]++) touched.push(id)
+          if (!matched[id]) touched.push(id)
+          matched[id] += weight
           sum[id] += gains[k]
         }
       }
@@ -377,7 +382,7 @@ class Index {
       const names = typing ? this.expand(terms[0]).map(([word]) => word) : [terms.join("")]
       const named = names.flatMap((name) => this.names.get(name) ?? [])
       for (const id of touched) {
-        const share = matched[id] / distinct.size
+        const share = matched[id] / whole
         const score = sum[id] * share * share * this.docs[id].boost * (named.includes(id) ? NAMED : 1)
         sum[id] = matched[id] = 0
         if (score <= scores[id]) continue
