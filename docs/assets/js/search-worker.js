@@ -130,7 +130,7 @@ class Index {
       const doc = { location, title, text, tags, boost, own, foldedTitle: fold(title), foldedText: fold(text), foldedTags: fold(tags.join("\n")), length: 0 }
       this.docs.push(doc)
       if (!pages.has(url)) pages.set(url, { own: undefined, docs: [] })
-      const page = pages.get(url)
+      const page = (doc.page = pages.get(url))
       page.docs.push(id)
       const here = []
       const count = (folded, weight) =>
@@ -281,7 +281,7 @@ class Index {
     return df && Math.log(1 + (this.docs.length - df + 0.5) / (df + 0.5))
   }
 
-  /** 一个查询词在各小节的得分：[各小节, 各自的分]。 */
+  /** 一个查询词在各小节的得分：[各小节, 各自的分, 标题里有它的各页]。 */
   scoreTerm(term) {
     const { sum, covered, best, inTitle } = this.scratch
     const touched = []
@@ -307,13 +307,16 @@ class Index {
         best[id] = 0
       }
     }
+    const pages = []
     const scores = touched.map((id) => {
       const coverage = Math.min(1, covered[id] / total)
-      const score = sum[id] * coverage * coverage * this.closeness(this.docs[id], term, coverage, inTitle[id])
+      const closeness = this.closeness(this.docs[id], term, coverage, inTitle[id])
+      const score = sum[id] * coverage * coverage * closeness
+      if (this.docs[id].own && closeness >= 2) pages.push(this.docs[id].page)
       sum[id] = covered[id] = inTitle[id] = 0
       return score
     })
-    return [touched, scores]
+    return [touched, scores, pages]
   }
 
   /** 整个词连在一起、在标题里，分数加倍；汉字散着的打折。 */
@@ -362,27 +365,29 @@ class Index {
     this.found.variants = variants
     const memory = new Map()
     for (const term of variants.flat()) if (!memory.has(term)) memory.set(term, this.scoreTerm(term))
-    const { sum, covered: matched } = this.scratch
+    const { sum, covered: matched } = this.scratch // matched 的第 i 位：有没有第 i 个词
     variants.forEach((terms, variant) => {
-      const distinct = new Set(terms)
+      const distinct = [...new Set(terms)].slice(0, 31)
+      const weights = distinct.map((term) => (isHan(term) && term.length === 1 ? SINGLE : 1))
+      const whole = weights.reduce((sum, weight) => sum + weight, 0)
       const touched = []
-      let whole = 0
-      for (const term of distinct) {
+      distinct.forEach((term, i) => {
         const [ids, gains] = memory.get(term)
-        const weight = isHan(term) && term.length === 1 ? SINGLE : 1
-        whole += weight
         for (let k = 0; k < ids.length; k++) {
           const id = ids[k]
           if (!matched[id]) touched.push(id)
-          matched[id] += weight
+          matched[id] |= 1 << i
           sum[id] += gains[k]
         }
-      }
+      })
+      distinct.forEach((term, i) => {
+        for (const page of memory.get(term)[2]) for (const id of page.docs) if (matched[id]) matched[id] |= 1 << i // 页标题里有的词，小节不必再说
+      })
       const typing = terms.length === 1 && !isHan(terms[0]) && !this.words.has(terms[0]) // 没打完，或打错了
       const names = typing ? this.expand(terms[0]).map(([word]) => word) : [terms.join("")]
       const named = names.flatMap((name) => this.names.get(name) ?? [])
       for (const id of touched) {
-        const share = matched[id] / whole
+        const share = weights.reduce((sum, weight, i) => (matched[id] & (1 << i) ? sum + weight : sum), 0) / whole
         const score = sum[id] * share * share * this.docs[id].boost * (named.includes(id) ? NAMED : 1)
         sum[id] = matched[id] = 0
         if (score <= scores[id]) continue
