@@ -307,6 +307,8 @@ def test_every_internal_link_lands_somewhere(printed):
             else:
                 outside.append(note["/A"]["/URI"])
             assert note.get("/Contents"), "PDF/UA 要求链接有说明"
+            assert note["/Contents"] != note.get("/Dest"), "说明是给人听的，不是锚点名"
+            assert note["/F"] & 4, "打印时也在"
     wanted = sum(e.get("href", "").startswith("#") for e in printed.html.iter("a"))
     assert links >= wanted > 5  # 折行的链接有几块
     assert all(re.match(r"https?://", url) and "127.0.0.1" not in url for url in outside), outside
@@ -430,6 +432,21 @@ def test_tagged_with_language_and_metadata(printed):
     kinds = Counter(node["/S"] for node in printed.structure)
     assert {"/H1", "/H2", "/P", "/Table", "/TH", "/L", "/LI", "/Link", "/Figure", "/Formula"} <= kinds.keys()
     assert all(node["/A"]["/Scope"] == "/Column" for node in printed.structure if node["/S"] == "/TH")
+
+
+@remembered
+def test_everything_marked_is_in_the_structure_tree(printed):
+    """页眉页脚是 Artifact，读屏软件跳过；其余标了号的内容都读得到。"""
+    reached: dict[int, set[int]] = {}
+    for node in printed.structure:
+        for kid in node.get("/K", []):
+            if isinstance(kid, int):
+                reached.setdefault(node.raw_get("/Pg").idnum, set()).add(kid)
+    for number, page in enumerate(printed.reader.pages, 1):
+        content = page.get_contents().get_data()
+        assert {int(n) for n in re.findall(rb"/MCID (\d+)", content)} == reached.get(page.indirect_reference.idnum, set()), number
+        assert number == 1 or re.search(rb"/Artifact\s+BMC", content)
+    assert all(node.get("/K") for node in printed.structure if node["/S"] == "/Span"), "空的 Span 只会让读屏软件白走一趟"
 
 
 @remembered

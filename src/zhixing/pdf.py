@@ -367,20 +367,31 @@ def _fast_formulas() -> Iterator[None]:
 
 @contextmanager
 def _formula_tags() -> Iterator[None]:
-    """公式在结构树里标成 Formula，替代文本是 TeX；表头写明管的是列。
+    """公式在结构树里标成 Formula，替代文本是 TeX；表头写明管的是列；链接说明是它的文字；页眉页脚不算正文。
 
-    WeasyPrint 70 只给 ``img`` 与 ``svg`` 写替代文本，这里换掉它建结构树的两个函数；
-    版本写死在 requirements.txt，换版本时由测试（每个公式有 Alt）把关。
+    WeasyPrint 70 只给 ``img`` 与 ``svg`` 写替代文本，链接说明写的是锚点名，页眉页脚标成读得到的
+    内容，这里换掉它建结构树的两个函数与标记内容的那个；版本写死在 requirements.txt，换版本时由测试把关。
     """
     import pydyf
+    from weasyprint.formatting_structure.boxes import MarginBox
     from weasyprint.pdf import tags
+    from weasyprint.pdf.stream import Stream
 
-    name_of, build = tags._get_pdf_tag, tags._build_box_tree
+    name_of, build, marked = tags._get_pdf_tag, tags._build_box_tree, Stream.marked
+
+    def mark(stream: Any, box: Any, name: str) -> Any:
+        return stream.artifact() if box.element is None else marked(stream, box, name)  # 页眉页脚不属于任何元素
 
     def tag(element: str | None) -> str:
         return "Formula" if element == "math-tex" else name_of(element)
 
     def tree(box: Any, *rest: Any) -> Iterator[Any]:
+        if isinstance(box, MarginBox):
+            return
+        link = getattr(box, "_box", box)
+        if link.link_annotation:
+            link.link_annotation["Contents"] = pydyf.String(" ".join("".join(link.element.itertext()).split()))
+            link.link_annotation["F"] = 4  # 打印时也在
         for element in build(box, *rest):
             if element["S"] == "/Formula" and "Alt" not in element:
                 source = getattr(box, "_box", box).element  # 绝对定位的盒子外面套着一层
@@ -390,10 +401,12 @@ def _formula_tags() -> Iterator[None]:
                 element.pop("A", None)
             elif element["S"] == "/TH" and "A" in element:
                 element["A"]["Scope"] = "/Column"  # 站点的表头都在第一行
+            elif element["S"] == "/Span" and not element["K"]:
+                continue  # 公式里只占位的空盒子
             yield element
 
-    tags._get_pdf_tag, tags._build_box_tree = tag, tree
+    tags._get_pdf_tag, tags._build_box_tree, Stream.marked = tag, tree, mark
     try:
         yield
     finally:
-        tags._get_pdf_tag, tags._build_box_tree = name_of, build
+        tags._get_pdf_tag, tags._build_box_tree, Stream.marked = name_of, build, marked
