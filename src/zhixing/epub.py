@@ -6,6 +6,7 @@ EPUB 就是一个 zip 加几个 XML 文件，直接写；现成的 EbookLib 是 
 from __future__ import annotations
 
 import re
+import unicodedata
 import uuid
 import xml.etree.ElementTree as etree
 from copy import deepcopy
@@ -21,6 +22,7 @@ CSS = Path(__file__).with_name("epub.css")
 _XHTML, _EPUB = "http://www.w3.org/1999/xhtml", "http://www.idpf.org/2007/ops"
 _MEDIA = {".svg": "image/svg+xml", ".png": "image/png", ".jpg": "image/jpeg", ".webp": "image/webp", ".gif": "image/gif"}
 _TOKENS = frozenset(f"{MATH}{name}" for name in ("mi", "mo", "mn", "mtext"))
+_VARIANTS = {"double-struck": "DOUBLE-STRUCK", "script": "SCRIPT", "bold": "BOLD", "fraktur": "FRAKTUR"}
 _CONTAINER = """<?xml version="1.0" encoding="utf-8"?>
 <container version="1.0" xmlns="urn:oasis:names:tc:opendocument:xmlns:container">
 <rootfiles><rootfile full-path="book/package.opf" media-type="application/oebps-package+xml"/></rootfiles>
@@ -137,6 +139,8 @@ class _Epub:
                 part.attrib.pop("width", None)  # KaTeX 用它把编号推到右边，EPUB 的 MathML 没有这个属性
             if len(part) and part.tag in _TOKENS:
                 part.tag, part.attrib = f"{MATH}mrow", {}  # KaTeX 偶尔在记号里再套结构
+            if not len(part) and (kind := _VARIANTS.get(part.get("mathvariant", ""))):
+                part.text = "".join(_letter(c, kind) for c in part.text or "")
         math.set("alttext", " ".join(tex_of(element).split()))
         _local(math, MATH)
         math.tail = element.tail
@@ -172,6 +176,17 @@ class _Epub:
 <spine>{order}</spine>
 </package>
 """
+
+
+def _letter(char: str, kind: str) -> str:
+    """花体、空心等字母换成 Unicode 里单独的字符：MathML Core 只认它们，不认 ``mathvariant``。"""
+    case = "CAPITAL" if char.isupper() else "SMALL"
+    for name in (f"MATHEMATICAL {kind} {case} {char.upper()}", f"{kind} {case} {char.upper()}"):
+        try:
+            return unicodedata.lookup(name)
+        except KeyError:
+            continue
+    return char
 
 
 def _unique_ids(svg: bytes) -> bytes:
