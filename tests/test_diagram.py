@@ -306,11 +306,28 @@ def test_rounding_paths_moves_nothing_visible(source, monkeypatch) -> None:
     monkeypatch.setattr(diagram, "_round_paths", lambda svg: svg)
     exact = diagram.render(source)
     monkeypatch.undo()
+    monkeypatch.setattr(diagram, "_join_strokes", lambda d: d)
     rounded = diagram.render(source)
     assert [(c, len(n)) for c, n in paths(exact)] == [(c, len(n)) for c, n in paths(rounded)]
     assert all(abs(a - b) <= 0.0501 for (_, x), (_, y) in zip(paths(exact), paths(rounded)) for a, b in zip(x, y))
     if source == STADIUM:
         assert len(rounded) < len(exact) / 1.8
+
+
+def test_double_strokes_become_one_polyline(monkeypatch) -> None:
+    """圆角框的边框描两遍，各是几百段直的曲线：合成之后经过的点一个不少，体积少一大半；真的弧不动。"""
+    monkeypatch.setattr(diagram, "_join_strokes", lambda d: d)
+    twice = diagram.render(STADIUM)
+    monkeypatch.undo()
+    once = diagram.render(STADIUM)
+    changed = [(a, b) for a, b in zip(re.findall(r' d="([^"]*)"', twice), re.findall(r' d="([^"]*)"', once)) if a != b]
+    assert len(changed) >= 2 and len(once) < 0.6 * len(twice)
+    for before, after in changed:
+        numbers = [tuple(map(float, re.findall(r"-?[\d.]+", part)))[-2:] for part in re.findall(r"[MC][^MC]*", before)]
+        drawn = {tuple(map(float, point)) for point in re.findall(r"[ML](-?[\d.]+) (-?[\d.]+)", after)}
+        assert drawn == set(numbers)
+    arc = ' d="M0 0' + " C0 5.5, 4.5 10, 10 10 C15.5 10, 20 5.5, 20 0" * 4 + '"'
+    assert diagram._join_strokes(arc) == arc
 
 
 @given(st.lists(st.one_of(st.floats(-900, 900), st.sampled_from([0.305, -0.045, 0.001, 3.0, -17.0])), min_size=1, max_size=30))

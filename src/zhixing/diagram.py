@@ -199,8 +199,40 @@ _LONG = re.compile(r"(?:(?<![\d.])|(?=-))-?\d+\.\d{5,}(?![\d.])")
 
 
 def _round_paths(svg: str) -> str:
-    """路径坐标取到十分之一像素：圆角框的一条边有几百个十几位小数的点。"""
-    return re.sub(r' d="[^"]*"', lambda d: _LONG.sub(lambda m: f"{float(m[0]):.1f}".removesuffix(".0"), d[0]), svg)
+    """路径坐标取到十分之一像素，描两遍的短弧合成一条折线：圆角框的一条边有几百个十几位小数的点。"""
+
+    def shorten(d: re.Match[str]) -> str:
+        return _join_strokes(_LONG.sub(lambda m: f"{float(m[0]):.1f}".removesuffix(".0"), d[0]))
+
+    return re.sub(r' d="[^"]*"', shorten, svg)
+
+
+_STEP = re.compile(r"(M|C)([-\d. ,]+?)(?= ?[MC]|$)")
+_STRAIGHT = 0.3  # 像素：控制点离弦不到这么远，弧就是直的
+
+
+def _join_strokes(d: str) -> str:
+    """圆角框的边框是几百段直的三次曲线，手绘风格的还描两遍：合成折线，体积剩一成。别的路径原样返回。"""
+    body = d[4:-1]
+    steps = [(m[1], [float(n) for n in re.split("[ ,]+", m[2].strip())]) for m in _STEP.finditer(body)]
+    if len(steps) < 8 or _STEP.sub("", body).strip() or any(len(n) != (2 if kind == "M" else 6) for kind, n in steps):
+        return d
+    joined, drawn, pen, at = [], set(), (0.0, 0.0), None  # pen：画到哪里；at：写下的折线到哪里
+    for kind, numbers in steps:
+        if kind == "M":
+            pen = tuple(numbers)
+            continue
+        (x0, y0), (x, y) = pen, numbers[4:]
+        length = math.hypot(x - x0, y - y0) or 1.0
+        bends = (abs((x - x0) * (y0 - v) - (x0 - u) * (y - y0)) / length for u, v in (numbers[:2], numbers[2:4]))
+        if max(bends) > _STRAIGHT:
+            return d
+        if (x0, y0, x, y) not in drawn and (x0, y0) != (x, y):
+            drawn.add((x0, y0, x, y))
+            joined.append(f"L{x:g} {y:g}" if at == pen else f"M{x0:g} {y0:g}L{x:g} {y:g}")
+            at = x, y
+        pen = x, y
+    return f' d="{"".join(joined)}"'
 
 
 def _root_tag(attributes: str, for_print: bool) -> str:

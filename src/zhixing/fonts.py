@@ -12,15 +12,34 @@ from pathlib import Path
 from zhixing.output import publish
 
 _FORMULA = re.compile(r"<math-tex.*?</math-tex>", re.S)
+_MATHML = re.compile(r"<math .*?</math>", re.S)  # 给读屏软件的那一份，不用这些字体
+_TEXT = re.compile(r'<span(?: class="?([^">]*)"?)?[^>]*>([^<]*)')
+
+# 只用在带这些类的字上的字体（见 katex.css）；其余字体各处都可能用，留全部的字
+_CLASSES = {
+    "KaTeX_Math-Italic": {"mathnormal"},
+    "KaTeX_AMS-Regular": {"mathbb", "textbb", "amsrm"},
+    "KaTeX_Caligraphic-Regular": {"mathcal"},
+}
 
 
-def characters(pages: Iterable[str]) -> set[str]:
-    """这些 HTML 的公式里出现的全部字符。"""
-    found: set[str] = set()
+def characters(pages: Iterable[str]) -> dict[str, set[str]]:
+    """这些 HTML 的公式里画出来的字符：类名 -> 直接写在这一类标签里的字；空串 -> 全部。"""
+    found: dict[str, set[str]] = {"": set()}
     for page in pages:
         for formula in _FORMULA.findall(page):
-            found.update(html.unescape(re.sub(r"<[^>]*>", "", formula)))
+            shown = _MATHML.sub("", formula)
+            found[""].update(html.unescape(re.sub(r"<[^>]*>", "", shown)))
+            for classes, text in _TEXT.findall(shown):
+                for name in classes.split():
+                    found.setdefault(name, set()).update(html.unescape(text))
     return found
+
+
+def _used(font: str, found: dict[str, set[str]]) -> set[str]:
+    """一种字体要留的字。"""
+    classes = _CLASSES.get(font)
+    return set().union(*(found.get(name, set()) for name in classes)) if classes else found[""]
 
 
 def subset(site: Path, cache: Path) -> None:
@@ -29,8 +48,9 @@ def subset(site: Path, cache: Path) -> None:
     Args:
         cache: 放做好的子集，文件名是字体与字符集的哈希；可以删。
     """
-    text = "".join(sorted(characters(path.read_text("utf-8") for path in site.rglob("*.html"))))
+    found = characters(path.read_text("utf-8") for path in site.rglob("*.html"))
     for path in sorted((site / "assets" / "katex" / "fonts").glob("*.woff2")):
+        text = "".join(sorted(_used(path.stem, found)))
         made = cache / (hashlib.sha256(path.read_bytes() + text.encode()).hexdigest() + ".woff2")
         if not made.is_file():
             publish(made, lambda temporary: _write(path, text, temporary))

@@ -201,6 +201,9 @@ def _stash_math(file: str, cell: Cell, formulas: list[str], problems: list[Probl
     return "".join(parts)
 
 
+# 高亮里的名字、空白、标点、运算符用正文的颜色：不必各套一层标签，长页里少几千个元素
+PLAIN_TOKENS = (r'<span(?: class="[nwpo]")?>([^<]*)</span>', r"\1")
+
 # mkdocs-jupyter 的皮肤（每页 560 KB 样式、自己的复制按钮、折叠条）换成与别的页一样的
 _UNSKIN = [
     (r"<style[^>]*>.*?</style>|<script[^>]*>.*?</script>|<link[^>]*>|<!--.*?-->", ""),
@@ -212,7 +215,7 @@ _UNSKIN = [
         r'<div class="language-python highlight"><pre><code>\1</code></pre></div>',
     ),
     (r'<(div|a) class="(?:jp-|CodeMirror)[^"]*"[^>]*>', r"<\1>"),
-    (r'<span(?: class="[nwpo]")?>([^<]*)</span>', r"\1"),  # 名字、空白、标点、运算符用正文的颜色
+    PLAIN_TOKENS,
     (
         r'<span class="(\w+)">[^<]*(?:</span>\s*<span class="\1">[^<]*)+</span>',  # 相邻同类的合成一个
         lambda m: re.sub(r'</span>(\s*)<span class="\w+">', r"\1", m[0]),

@@ -21,6 +21,7 @@ from zhixing.errors import Problem
 from zhixing.formula import FormulaError
 from zhixing.formula import render as render_formula
 from zhixing.inline import images
+from zhixing.notebook import PLAIN_TOKENS
 from zhixing.questions import Meta
 from zhixing.runner import parse_console
 
@@ -162,7 +163,7 @@ def _commands(block: Block) -> str:
 
 
 def _highlight(fences: Any, src: str, language: str, options: dict[str, Any], md: Markdown, kwargs: Any) -> str:
-    return fences.highlight(
+    shown = fences.highlight(
         src=src,
         language=language,
         options=dict(options),
@@ -171,6 +172,7 @@ def _highlight(fences: Any, src: str, language: str, options: dict[str, Any], md
         id_value=kwargs.get("id_value", ""),
         attrs={},
     )
+    return re.sub(*PLAIN_TOKENS, shown)
 
 
 def _badge(kind: str, text: str, title: str = "") -> str:
