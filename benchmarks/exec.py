@@ -404,10 +404,18 @@ def edit(path: Path, number: int) -> Callable[[], None]:
 def site_overhead(bench: Bench, pages: dict[str, list[corpus.Block]], pairs: int) -> list[dict]:
     """热构建：装引擎与不装引擎的同一个站点，交替跑。
 
-    不装：页面相同（含 front matter），去掉钩子与 zhixing.page、zhixing.inline，公式照样在构建时渲染。
-    全无：再去掉构建时的公式，只剩 MkDocs 与 Material。
+    不装：页面相同（含 front matter；由数据生成的索引、报告等页写成静态的），去掉钩子与 zhixing.page、
+    zhixing.inline，公式照样在构建时渲染。全无：再去掉构建时的公式，只剩 MkDocs 与 Material。
     """
+    from zhixing import pages as generated
+    from zhixing.engine import Engine
+    from zhixing.project import Project
+
     with_engine = bench.work / OURS_SITE
+    project, engine = Project.load(with_engine), Engine(with_engine)
+    project.execute(engine)
+    engine.close()
+    same = generated.generated(project) | {"tags.md": "# 标签\n"}
     variants = {"装引擎": with_engine}
     for label, extension in (("不装", "  zhixing.formula: {}\nvalidation:"), ("全无", "validation:")):
         directory = variants[label] = bench.work / f"site-{label}"
@@ -416,6 +424,8 @@ def site_overhead(bench: Bench, pages: dict[str, list[corpus.Block]], pairs: int
         text = (directory / "mkdocs.yml").read_text("utf-8").replace("validation:", extension)
         (directory / "mkdocs.yml").write_text(text, "utf-8")
         corpus.write_questions(directory / "docs" / "basics", pages, figures=False)
+        for name, text in same.items():
+            (directory / "docs" / name).write_text(text, "utf-8")
     samples = []
     for pair in range(-1, pairs):  # 第 -1 对只预热
         order = list(variants) if pair % 2 else list(variants)[::-1]
