@@ -177,7 +177,9 @@ def render(tex: str, display: bool = False) -> str:
         FormulaError: TeX 有错。
         FileNotFoundError: 没有 KaTeX。
     """
-    html = f"<math-tex data-search-exclude>{_katex(KATEX_JS, CACHE_DIR).render(tex, display)}</math-tex>"
+    inner = _katex(KATEX_JS, CACHE_DIR).render(tex, display)
+    tagged = ' class="zx-tagged"' if _is_tagged(inner) else ""
+    html = f"<math-tex data-search-exclude{tagged}>{inner}</math-tex>"
     if not display:
         return html
     attributes = " ".join(f'{name}="{value}"' for name, value in _BLOCK_ATTRIBUTES.items())
@@ -225,7 +227,14 @@ class FormulaTreeprocessor(Treeprocessor):
             target = etree.SubElement(element, "math-tex")
         target.tag = "math-tex"
         target.set("data-search-exclude", "")
+        if _is_tagged(html):
+            target.set("class", "zx-tagged")
         target.text = self.md.htmlStash.store(html)
+
+
+def _is_tagged(html: str) -> bool:
+    """公式有没有编号；样式认这个类，不用 ``:has``——长页里它让每次重算样式都慢。"""
+    return "katex-tag" in html
 
 
 def _is_formula(element: etree.Element) -> bool:
