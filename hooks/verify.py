@@ -1,5 +1,6 @@
 """MkDocs 事件 → 验证引擎：执行代码块，渲染时接上结果，收尾时核对。"""
 
+import re
 from pathlib import Path
 
 from mkdocs.exceptions import PluginError
@@ -59,8 +60,9 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(html, page, config, files):
-    # 窄屏上表格自己横向滚动，键盘也要能滚
-    return html.replace("<table>", '<table tabindex="0">')
+    # 窄屏上表格自己横向滚动，键盘也要能滚；左上角的空格不是谁的表头
+    html = html.replace("<table>", '<table tabindex="0">')
+    return re.sub(r"<th([^>]*)></th>", r"<td\1></td>", html)
 
 
 def on_page_context(context, page, config, nav):

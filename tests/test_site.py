@@ -618,9 +618,9 @@ def test_search_that_finds_nothing_says_what_is_missing(web, browser):
 # ---- 无障碍 ----
 
 # axe 逐个元素算对比度，长页里几千个词元要算一分钟。同一类词元的颜色相同，每页每类留一个就够；
-# 公式的可访问内容另有检查（test_formulas_are_rendered、MathML），这里清空
+# 公式的可访问内容另有检查（test_formulas_are_rendered、MathML），这里换成两个字
 THIN_OUT = """() => {
-  document.querySelectorAll("math-tex").forEach((e) => e.replaceChildren());
+  document.querySelectorAll("math-tex").forEach((e) => e.replaceChildren("公式"));
   const seen = new Set();
   for (const token of document.querySelectorAll(".highlight pre span[class]")) {
     if (token.firstElementChild) continue;

@@ -10,5 +10,11 @@ addEventListener("load", () => {
     .forEach((e) => watch.observe(e))
 })
 
+// 主题给每块代码的按钮各套一个没有名字的 <nav>：它们不是导航，读屏软件不必列出来
+new MutationObserver(() => document.querySelectorAll(".md-code__nav:not([role])").forEach((nav) => nav.setAttribute("role", "none"))).observe(
+  document.body,
+  { childList: true, subtree: true },
+)
+
 // 光标一进搜索框就让 worker 去取索引（search-worker.js），打字时多半已经到了
 document.querySelector(".md-search__input")?.addEventListener("focus", () => new BroadcastChannel("zhixing-search").postMessage(0), { once: true })
