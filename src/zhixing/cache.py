@@ -63,15 +63,16 @@ def environment() -> str:
 
 
 def version_of(distribution: str) -> str | None:
-    header = _header(distribution, _installed_at())
-    return header and re.search(r"^Version: *(.*)$", header, re.M)[1]
+    found = re.search(r"^Version: *(.*)$", _header(distribution, _installed_at()) or "", re.M)
+    return found and found[1]
 
 
 @cache
 def _header(distribution: str, installed_at: int) -> str | None:
     """发行包 METADATA 的头部；没有装是 None。不用 ``metadata.version``：它当邮件解析，三十几个包要几十毫秒。"""
     try:
-        return metadata.distribution(distribution).read_text("METADATA").partition("\n\n")[0]
+        found = metadata.distribution(distribution)
+        return (found.read_text("METADATA") or found.read_text("PKG-INFO") or "").partition("\n\n")[0]  # 后者是旧式的包
     except metadata.PackageNotFoundError:
         return None
 
