@@ -22,9 +22,10 @@ import zhixing
 from minisd import clip, judge, latents, pipeline, train, unclip, unet, world
 from minisd.gallery import show
 
+device = "cuda" if torch.cuda.is_available() else "cpu"
 paths = [zhixing.input_path(p) for p in ("clip/clip.safetensors", "vae/vae.safetensors", "base/unet.safetensors")]
-sd = pipeline.StableDiffusion.load(*paths)
-tower = pipeline.load_weights(clip.CLIP(), paths[0])
+sd = pipeline.StableDiffusion.load(*paths).to(device)
+tower = pipeline.load_weights(clip.CLIP(), paths[0])             # 只编码几千张图，留在 CPU 上：向量都在 CPU
 
 
 def gen(seed):
@@ -38,7 +39,18 @@ def embed_texts(texts):
 
 data = world.sample(4000, gen(1))                                           # 只含见过的 135 种组合
 z_image = torch.cat([tower.embed_image(x) for x in data.image.split(500)])  # (N, D) 单位向量
-latent = torch.cat([sd.vae.to_latent(x) for x in data.image.split(500)])    # (N, 4, 6, 6)
+pairs = latents.LatentData(sd, data)                                        # 潜变量 (N, 4, 6, 6)，与每句描述的特征
+
+
+def imagine(z, g):
+    """图像向量 (N, D) → 图。"""
+    return unclip.decode(sd, decoder, z.to(device), g).cpu()
+
+
+def guess(z_text, g, **options):
+    """文本向量 (N, D) → 先验给的图像向量。"""
+    return prior.sample(sd.schedule, z_text.to(device), g, **options).cpu()
+
 
 # %% [markdown]
 # ## 模态间隙
@@ -79,9 +91,9 @@ text, valid = sd.encode([""] * BATCH)
 
 
 def decoder_loss(g):
-    i = torch.randint(len(latent), (BATCH,), generator=g)
-    z = unclip.drop(z_image[i], 0.1, g)
-    return latents.diffusion_loss(lambda x, t: decoder(x, t, text, valid, image=z), sd.schedule, latent[i], g)
+    i = torch.randint(len(pairs.latent), (BATCH,), generator=g)
+    z = unclip.drop(z_image[i], 0.1, g).to(device)
+    return latents.diffusion_loss(lambda x, t: decoder(x, t, text, valid, image=z), sd.schedule, pairs.latent[i], g)
 
 
 losses = train.fit(decoder, decoder_loss, STEPS, train.muon(decoder, 0.02, 2e-3), generator=gen(0), ema=averaged)
@@ -100,12 +112,13 @@ said = [embed_texts(world.captions(data.attrs, gen(40 + k))) for k in range(4)] 
 torch.manual_seed(0)
 prior = unclip.Prior(z_image.shape[1])
 prior.measure(z_image)
+prior.to(device)                                                            # 量完再搬
 prior_averaged = train.EMA(prior, 0.99)
 
 
 def prior_loss(g):
     i, k = torch.randint(len(z_image), (PRIOR_BATCH,), generator=g), torch.randint(len(said), (1,), generator=g).item()
-    return unclip.prior_loss(prior, sd.schedule, z_image[i], said[k][i], g)
+    return unclip.prior_loss(prior, sd.schedule, z_image[i].to(device), said[k][i].to(device), g)
 
 
 prior_losses = train.fit(prior, prior_loss, PRIOR_STEPS, train.adamw(prior, 2e-3), generator=gen(0), ema=prior_averaged)
@@ -122,11 +135,11 @@ asked = torch.cat([world.SEEN[torch.randint(135, (64,), generator=gen(9))], worl
 z_text = embed_texts(world.captions(asked))
 vectors = {
     "true": tower.embed_image(world.draw(asked, gen(12)).image),
-    "prior": prior.sample(sd.schedule, z_text, gen(3)),
+    "prior": guess(z_text, gen(3)),
     "text": z_text,
     "shift": F.normalize(z_text + gap, dim=1),
 }
-drawn = {name: unclip.decode(sd, decoder, z, gen(5)) for name, z in vectors.items()}
+drawn = {name: imagine(z, gen(5)) for name, z in vectors.items()}
 scores = {name: judge.score(x, asked) for name, x in drawn.items()}
 for name, score in scores.items():
     zhixing.metric(f"{name}_cosine", (vectors[name] * vectors["true"]).sum(1).mean())
@@ -154,11 +167,11 @@ vague = [f"一个{name}" for name in world.SHAPES for _ in range(16)]
 shape = torch.arange(5).repeat_interleave(16)
 z_vague = embed_texts(vague)
 several = {
-    "sampled": prior.sample(sd.schedule, z_vague, gen(6)),
-    "mean": prior.sample(sd.schedule, z_vague, gen(6), steps=1, candidates=1),
+    "sampled": guess(z_vague, gen(6)),
+    "mean": guess(z_vague, gen(6), steps=1, candidates=1),
 }
 for name, z in several.items():
-    images = unclip.decode(sd, decoder, z, gen(7))
+    images = imagine(z, gen(7))
     read = judge.read(images).attrs
     zhixing.metric(f"vague_{name}_readable", (read >= 0).all(1).float().mean())
     zhixing.metric(f"vague_{name}_shape", (read[:, 1] == shape).float().mean())
@@ -184,8 +197,8 @@ ends = tower.embed_image(pair.image)
 angle = torch.arccos((ends[0] @ ends[1]).clamp(-1, 1))
 ratio = torch.linspace(0, 1, 8)[:, None]
 path = F.normalize(torch.sin((1 - ratio) * angle) * ends[0] + torch.sin(ratio * angle) * ends[1], dim=1)      # slerp
-between = unclip.decode(sd, decoder, path, gen(8))
-variants = unclip.decode(sd, decoder, ends.repeat_interleave(16, 0), gen(9))           # 每张图 16 个变体
+between = imagine(path, gen(8))
+variants = imagine(ends.repeat_interleave(16, 0), gen(9))           # 每张图 16 个变体
 kept = judge.score(variants, pair.attrs.repeat_interleave(16, 0))
 for key, value in kept.items():
     zhixing.metric(f"variants_{key}", value)
@@ -209,9 +222,8 @@ zhixing.figure("variations", fig)
 # * 95% 长 + 5% 短：DALL·E 3 的配比。
 
 # %%
-CAPTION_STEPS, CAPTION_BATCH = 150, 32
+CAPTION_STEPS, CAPTION_BATCH = 150, 32                                    # 下面的比例，次序同 world.TEMPLATES 的五种说法
 shares = {"short": [0, 0, 0.4, 0.6, 0], "long": [0.5, 0.5, 0, 0, 0], "mix": [0.475, 0.475, 0.02, 0.03, 0]}
-pairs = latents.LatentData(sd, data)                                      # 第 k 列是 world.TEMPLATES 的第 k 种说法
 
 
 def deaf(seed):
@@ -261,7 +273,7 @@ for name, net in listeners.items():
     for exam, (prompts, want) in exams.items():
         if name == "short" and exam == "rewritten":
             continue
-        images = model(prompts, gen(33), guidance=1.0)                  # 不加引导：看训练本身学到了什么
+        images = model(prompts, gen(33), guidance=1.0).cpu()            # 不加引导：看训练本身学到了什么
         table[name, exam] = judge.score(images, want)
         samples[name, exam] = images
         for key, value in table[name, exam].items():

@@ -49,7 +49,7 @@ zhixing.metric("class_seconds", time.perf_counter() - begin)
 zhixing.metric("ceiling", ceiling)
 for name, value in {"instances": 5, "class_images": CLASS_IMAGES, "steps": STEPS, "batch": BATCH, "seeds": len(SEEDS)}.items():
     zhixing.metric(name, value)
-print("VAE 重建真实主体的得分：", ceiling, "；真实主体本身：", dreambooth.read(fresh).score.mean().item())
+print(f"VAE 重建真实主体的得分 {ceiling:.3f}；真实主体本身 {dreambooth.read(fresh).score.mean():.3f}")
 assert 0.55 < ceiling < 0.9
 ordinary = world.sample(200, gen(7), world.ALL)
 assert dreambooth.read(ordinary.image).score.max() == 0        # 单色图形一律得 0
@@ -109,7 +109,7 @@ def measure(sd, word=V):
 start, base_pictures = measure(base)
 base_spread = start["diversity"]
 start["diversity"] = 1.0
-print("基座：", start)
+print("基座：", {k: round(v, 3) for k, v in start.items()})
 assert start["fidelity"] < 0.02 and start["leak"] == 0 and start["right"] >= 0.97
 
 # %% [markdown]
@@ -232,7 +232,7 @@ net_only = pipeline.StableDiffusion(base.text_encoder, base.vae, best.unet)
 for key, sd in (("row_only", row_only), ("net_only", net_only)):
     score = dreambooth.read(draw(sd, placed(), 10)).score.mean().item() / ceiling
     zhixing.metric(f"{key}_fidelity", score)
-    print(key, score)
+    print(key, round(score, 3))
     assert score < 0.6 * kept["fidelity"].min(), score                           # 缺了哪一半都画不出主体
 
 
@@ -249,7 +249,7 @@ gaps = {
 }
 for name, value in gaps.items():
     zhixing.metric(name, value)
-print(gaps)
+print({name: round(value, 3) for name, value in gaps.items()})
 assert gaps["gap_before"] < gaps["gap_colors"] / 2 and gaps["gap_after"] > 1.5 * gaps["gap_before"], gaps
 moved = [
     ((p - q).norm() / q.norm()).item()
@@ -296,7 +296,7 @@ before = judge.correct(base_pictures["同类"][red], circles[red]).all(1).float(
 with_rare = judge.correct(pictures["有先验保持"]["同类"][red], circles[red]).all(1).float().mean().item()
 for name, value in {"common_red": own, "common_red_leak": subject_in_red, "rare_red": with_rare, "base_red": before}.items():
     zhixing.metric(name, value)
-print("“红色的圆在…”：基座", before, "稀有字", with_rare, "常用字", own, "其中像主体", subject_in_red)
+print(f"“红色的圆在…”：基座 {before:.3f}，稀有字 {with_rare:.3f}，常用字 {own:.3f}，其中像主体 {subject_in_red:.3f}")
 assert with_rare >= 0.8 and own <= 0.2, (with_rare, own)
 
 _, negative, _ = control("negative", lam=-1.0, steps=60)

@@ -9,7 +9,7 @@
 # %% [markdown]
 # 数据是环上的八个高斯，每一团都看得见，所以“漏了几团”“准不准”可以直接数。把几十个小 GAN 并排训练，一次跑完整张消融表：哪一个因素让它收敛、坍塌、震荡；再训一个 WGAN-GP，看评论家的估计是不是真的跟着样本质量走。
 #
-# **预计耗时与内存**：单线程、机器空闲时约半分钟，峰值内存约 0.4 GB。大头是 51 个 GAN 各训 1200 步。
+# **预计耗时与内存**：单线程、机器空闲时约半分钟，峰值内存约 0.4 GB；网络太小，有 GPU 也用 CPU。大头是 51 个 GAN 各训 1200 步。
 
 # %%
 import itertools
@@ -194,7 +194,6 @@ for row, (name, run) in zip(axes, stories.items()):
         if row is axes[0]:
             ax.set_title(f"{(i + 1) * EVERY} 步", fontsize=9)
     row[0].set_ylabel(name)
-fig.subplots_adjust(wspace=0.06, hspace=0.06)
 zhixing.figure("frames", fig)
 
 # %%

@@ -20,8 +20,10 @@ import zhixing
 from minisd import concat, inpaint, judge, latents, pipeline, samplers, train, world
 from minisd.gallery import show
 
+device = "cuda" if torch.cuda.is_available() else "cpu"
+torch.backends.cudnn.allow_tf32 = False                         # GPU 上卷积也用完整的单精度，下面才对得上
 paths = [zhixing.input_path(p) for p in ("clip/clip.safetensors", "vae/vae.safetensors", "base/unet.safetensors")]
-sd = pipeline.StableDiffusion.load(*paths)
+sd = pipeline.StableDiffusion.load(*paths).to(device)
 
 
 def gen(seed):
@@ -49,10 +51,15 @@ def rectangles(n, g):
     return F.interpolate(m[:, None].float(), scale_factor=4)
 
 
+def condition(images, mask):
+    """掩码与被遮图的潜变量，5 个通道。"""
+    return inpaint.condition(sd.vae, images.to(device), mask.to(device))
+
+
 scenes = world.sample(3000, gen(11))
 data = latents.LatentData(sd, scenes)
 masks = rectangles(len(scenes.image), gen(12))
-extra = torch.cat([inpaint.condition(sd.vae, x, m) for x, m in zip(scenes.image.split(500), masks.split(500))])
+extra = torch.cat([condition(x, m) for x, m in zip(scenes.image.split(500), masks.split(500))])
 
 
 def finetune(extra, steps, silent):
@@ -73,8 +80,8 @@ def finetune(extra, steps, silent):
     return average.model, losses
 
 
-c = torch.randn(4, 5, 6, 6, generator=gen(0))
-x, t, (text, valid) = torch.randn(4, 4, 6, 6, generator=gen(1)), torch.tensor([10, 300, 700, 990]), sd.encode(world.captions(world.ALL[:4]))
+c = torch.randn(4, 5, 6, 6, generator=gen(0)).to(device)
+x, t, (text, valid) = sd.noise(4, gen(1)), torch.tensor([10, 300, 700, 990], device=device), sd.encode(world.captions(world.ALL[:4]))
 wide = concat.Concat(concat.widen(sd.unet, 5), c)
 assert torch.allclose(wide(x, t, text, valid), sd.unet(x, t, text, valid), atol=1e-4)      # 步 0：与基座相同
 
@@ -113,21 +120,21 @@ def count(name, denoise):
 
 def by_replacing(name, texts, mask, resample):
     denoise = count(name, sd.denoiser(texts))
-    z = sd.vae.to_latent(test.image)
-    m = inpaint.latent_mask(mask)
+    z = sd.vae.to_latent(test.image.to(device))
+    m = inpaint.latent_mask(mask.to(device))
     out = inpaint.replace(sd.schedule, denoise, z, m, ts, gen(5), resample, eta=1.0)
     assert torch.equal(out * (1 - m), z * (1 - m))                                # 已知的潜变量逐位不变
-    return sd.vae.to_image(out)
+    return sd.vae.to_image(out).cpu()
 
 
 def by_nine(name, texts, mask):
-    net = concat.Concat(nine, BOOST * inpaint.condition(sd.vae, test.image, mask))
+    net = concat.Concat(nine, BOOST * condition(test.image, mask))
     denoise = count(name, pipeline.StableDiffusion(sd.text_encoder, sd.vae, net).denoiser(texts))
-    return sd.vae.to_image(samplers.sample(sd.schedule, denoise, sd.noise(M, gen(5)), WALK))
+    return sd.vae.to_image(samplers.sample(sd.schedule, denoise, sd.noise(M, gen(5)), WALK)).cpu()
 
 
 drawn = {
-    "text": sd.vae.to_image(samplers.sample(sd.schedule, count("text", sd.denoiser(prompts)), sd.noise(M, gen(5)), WALK)),
+    "text": sd.vae.to_image(samplers.sample(sd.schedule, count("text", sd.denoiser(prompts)), sd.noise(M, gen(5)), WALK)).cpu(),
     "replace": by_replacing("replace", prompts, half, 1),
     "repaint": by_replacing("repaint", prompts, half, RESAMPLE),
     "nine": by_nine("nine", prompts, half),
@@ -184,11 +191,11 @@ for name, image in {
 # %%
 SR_STEPS = 140
 low = F.avg_pool2d(scenes.image, 4)                                               # (N, 3, 6, 6)
-upscaler, _ = finetune(low, SR_STEPS, 1.0)
+upscaler, _ = finetune(low.to(device), SR_STEPS, 1.0)
 small = F.avg_pool2d(test.image, 4)
-net = concat.Concat(upscaler, BOOST * small)
+net = concat.Concat(upscaler, BOOST * small.to(device))
 silence = sd.encode([""] * M)
-big = sd.vae.to_image(samplers.sample(sd.schedule, lambda x, t: net(x, t, *silence), sd.noise(M, gen(6)), WALK))
+big = sd.vae.to_image(samplers.sample(sd.schedule, lambda x, t: net(x, t, *silence), sd.noise(M, gen(6)), WALK)).cpu()
 bicubic = F.interpolate(small, scale_factor=4, mode="bicubic").clamp(-1, 1)
 only_shape = torch.where(torch.tensor([False, True, False]), test.attrs, -1)
 shape_right = {}
@@ -198,7 +205,7 @@ for name, image in {"sr": big, "bicubic": bicubic}.items():
     zhixing.metric(f"{name}_psnr", judge.psnr(image, test.image))
     zhixing.metric(f"{name}_low", judge.psnr(F.avg_pool2d(image, 4), small))
 zhixing.metric("sr_steps", SR_STEPS)
-print(shape_right)
+print({name: round(value, 3) for name, value in shape_right.items()})
 assert shape_right["sr"] > shape_right["bicubic"] + 0.2, shape_right
 
 fig, axes = plt.subplots(4, 9, figsize=(8.2, 3.7))

@@ -171,7 +171,8 @@ for scale, name in {0.0: "0", 0.5: "half", 1.0: "1", 1.5: "max"}.items():
         zhixing.metric(f"clash_text_{n}_{name}", curves["clash_text"][n][at[scale]])
         zhixing.metric(f"clash_image_{n}_{name}", curves["clash_image"][n][at[scale]])
 zhixing.metric("images", M)
-print(curves)
+for key, lines in curves.items():
+    print(key, {n: [round(v, 3) for v in values] for n, values in lines.items()})
 color, shape, place = curves["quiet_image"]["color"], curves["quiet_text"]["shape"], curves["quiet_text"]["place"]
 assert color[at[0.0]] <= 0.25 and color[at[1.0]] >= 0.85                           # 文字没说颜色：λ = 1 时听图
 assert shape[at[1.0]] >= 0.95 and place[at[1.0]] >= 0.95                          # 形状、位置仍听文字
@@ -225,7 +226,7 @@ for tag, (source, target, v, seed) in settings.items():
             continue
         drawn[name + tag] = pictures = ask(model, prompts, v, scale, seed)
         heard, followed = judge.score(pictures, source.attrs), judge.score(pictures, target)
-        print(name + tag, heard["color"], followed["shape"], followed["place"])
+        print(name + tag, *(round(v, 3) for v in (heard["color"], followed["shape"], followed["place"])))
         zhixing.metric(f"{name}{tag}_color", heard["color"])
         zhixing.metric(f"{name}{tag}_shape", followed["shape"])
         zhixing.metric(f"{name}{tag}_place", followed["place"])
@@ -252,7 +253,7 @@ score_simple = judge.score(ask(simple, [""] * M, vector, None), reference.attrs)
 for n in (*names, "all"):
     zhixing.metric(f"only_{n}", score[n])
     zhixing.metric(f"only_simple_{n}", score_simple[n])
-print("只给图像", score)
+print("只给图像", {n: round(v, 3) for n, v in score.items()})
 assert score["color"] >= 0.8 > score["all"]
 
 ip_adapter.set_scale(net, 1.0)
@@ -293,7 +294,7 @@ controlled = {name: ask(net, colored, v, scale) for name, (v, scale) in trials.i
 iou = {name: judge.soft_iou(judge.read(pictures).mask, reference.mask).mean().item() for name, pictures in controlled.items()}
 for name, value in iou.items():
     zhixing.metric(f"iou_{name}", value)
-print(iou)
+print({name: round(value, 3) for name, value in iou.items()})
 assert max(iou.values()) < 0.7                                                    # 远不到 ControlNet 的水平
 
 fig, axes = plt.subplots(4, 8, figsize=(8.2, 4.6))

@@ -22,6 +22,7 @@ import zhixing
 from minisd import adapters, judge, latents, lora, memory, pipeline, stripes, train, world
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
+torch.backends.cudnn.allow_tf32 = False                         # GPU 上卷积也用完整的单精度，下面才对得上
 paths = [zhixing.input_path(p) for p in ("clip/clip.safetensors", "vae/vae.safetensors", "base/unet.safetensors")]
 sd = pipeline.StableDiffusion.load(*paths).to(device)
 base = sd.unet

@@ -19,8 +19,9 @@ import zhixing
 from minisd import clip, img2img, judge, pipeline, world
 from minisd.gallery import show
 
+device = "cuda" if torch.cuda.is_available() else "cpu"
 paths = [zhixing.input_path(p) for p in ("clip/clip.safetensors", "vae/vae.safetensors", "base/unet.safetensors")]
-sd = pipeline.StableDiffusion.load(*paths)
+sd = pipeline.StableDiffusion.load(*paths).to(device)
 
 
 def gen(seed):
@@ -40,12 +41,19 @@ step = torch.stack([torch.randint(1, k, (N,), generator=gen(2)) for k in (6, 5, 
 new = (old + step) % torch.tensor([6, 5, 5])                            # 三项都与原来不同
 assert (new != old).all()
 
+
+
+def redraw(attrs, strength):
+    """把原图按 attrs 的描述改画。"""
+    return img2img.img2img(sd, source.image.to(device), world.captions(attrs), strength, gen(3), steps=STEPS).cpu()
+
+
 strengths = [k / 10 for k in range(11)]
-swept = [img2img.img2img(sd, source.image, world.captions(new), p, gen(3), steps=STEPS) for p in strengths]
+swept = [redraw(new, p) for p in strengths]
 keep = torch.stack([judge.correct(x, old).float().mean(0) for x in swept])        # (11, 3) 颜色、形状、位置
 obey = torch.stack([judge.correct(x, new).float().mean(0) for x in swept])
 psnr = [judge.psnr(x, source.image) for x in swept]
-assert torch.equal(swept[0], sd.vae.to_image(sd.vae.to_latent(source.image)))     # 0：只过一遍 VAE
+assert torch.equal(swept[0], sd.vae.to_image(sd.vae.to_latent(source.image.to(device))).cpu())     # 0：只过一遍 VAE
 assert (keep[0] == 1).all() and keep[-1].max() < 0.1 and obey[-1].min() > 0.9
 assert all(a > b for a, b in zip(psnr, psnr[1:]))                       # 越强越不像原图
 
@@ -55,7 +63,7 @@ for name, value in zip(("color", "shape", "place"), flip):
 assert flip[2] > max(flip[:2]), flip                                    # 位置最后才肯搬
 
 MID = 5
-again = img2img.img2img(sd, source.image, world.captions(old), strengths[MID], gen(3), steps=STEPS)
+again = redraw(old, strengths[MID])
 for name, value in {
     "sweep_images": N, "mid": strengths[MID], "obey_color_mid": obey[MID, 0], "keep_place_mid": keep[MID, 2],
     "obey_all_full": judge.score(swept[-1], new)["all"], "same_all": judge.score(again, old)["all"], "vae_psnr": psnr[0],
@@ -89,7 +97,7 @@ zhixing.figure("curves", fig)
 
 # %%
 def same_jitter(attrs):
-    return sd.vae.to_latent(world.draw(attrs, gen(4)).image).flatten(1)
+    return sd.vae.to_latent(world.draw(attrs, gen(4)).image.to(device)).flatten(1)
 
 
 gaps = []
@@ -107,7 +115,7 @@ assert gaps[2] > max(gaps[:2]), gaps
 # 给图 B 加一层幅度有限的扰动，用梯度下降让它的 CLIP 图像向量靠近图 A 的。像素还是 B，CLIP 却以为是 A：谁把 CLIP 图像向量当条件，谁就该画出 A。
 
 # %%
-tower = pipeline.load_weights(clip.CLIP(), paths[0])
+tower = pipeline.load_weights(clip.CLIP(), paths[0])                              # 24 张图，留在 CPU 上
 sentences = tower.embed_text(clip.tokenize(world.captions(world.ALL)))            # (150, D)
 K, LIMIT, STRENGTH = 24, 0.25, 0.3
 pick = torch.randperm(150, generator=gen(14))[:K]
@@ -128,8 +136,8 @@ fooled = (b + delta).clamp(-1, 1).detach()
 vector = tower.embed_image(fooled)
 guess = world.ALL[(vector @ sentences.T).argmax(1)]                               # CLIP 从 150 句里挑的那句
 
-z = img2img.from_latent(sd.schedule, sd.unconditional(K), sd.vae.to_latent(fooled), STRENGTH, gen(17), steps=STEPS)
-redrawn = sd.vae.to_image(z)                                                      # 图生图，不给文字
+z = img2img.from_latent(sd.schedule, sd.unconditional(K), sd.vae.to_latent(fooled.to(device)), STRENGTH, gen(17), steps=STEPS)
+redrawn = sd.vae.to_image(z).cpu()                                                # 图生图，不给文字
 for name, value in {
     "adv_cosine": (vector * goal).sum(1).mean(), "adv_cosine_before": (tower.embed_image(b) * goal).sum(1).mean(),
     "adv_clip_a": (guess == a_attrs).all(1).double().mean(), "adv_clip_b": (guess == b_attrs).all(1).double().mean(),

@@ -24,7 +24,9 @@ from minisd import judge, latents, micro, pipeline, train, world
 from minisd.gallery import show
 
 SEEDS, STEPS, BATCH, FAR = (0, 1, 2), 100, 32, 8
-sd = pipeline.StableDiffusion.load(*(zhixing.input_path(p) for p in ("clip/clip.safetensors", "vae/vae.safetensors", "base/unet.safetensors")))
+device = "cuda" if torch.cuda.is_available() else "cpu"
+paths = [zhixing.input_path(p) for p in ("clip/clip.safetensors", "vae/vae.safetensors", "base/unet.safetensors")]
+sd = pipeline.StableDiffusion.load(*paths).to(device)
 
 
 def gen(seed):
@@ -94,7 +96,7 @@ def fit(seed, conditioned):
         i = torch.randint(len(corner), (BATCH,), generator=g)
         template = torch.multinomial(data.share, BATCH, replacement=True, generator=g)
         row = torch.where(torch.rand(BATCH, generator=g) < data.drop, 0, data.rows[i, template])
-        told = {"image": corner[i].float()} if conditioned else {}
+        told = {"image": corner[i].float().to(device)} if conditioned else {}
         return latents.diffusion_loss(lambda x, t: net(x, t, data.text[row], data.valid[row], **told), sd.schedule, data.latent[i], g)
 
     fresh = [*net.embed.micro.parameters()] if conditioned else []
@@ -106,8 +108,8 @@ def fit(seed, conditioned):
 
 
 start = micro.add_micro(sd.unet, 2)
-x, t, (text, valid) = torch.randn(4, 4, 6, 6, generator=gen(0)), torch.tensor([10, 300, 700, 990]), sd.encode(world.captions(world.ALL[:4]))
-assert torch.equal(start(x, t, text, valid, image=torch.full((4, 2), 5.0)), sd.unet(x, t, text, valid))     # 步 0
+x, t, (text, valid) = sd.noise(4, gen(0)), torch.tensor([10, 300, 700, 990], device=device), sd.encode(world.captions(world.ALL[:4]))
+assert torch.equal(start(x, t, text, valid, image=torch.full((4, 2), 5.0, device=device)), sd.unet(x, t, text, valid))     # 步 0
 
 models = {(kind, seed): fit(seed, kind == "told") for seed in SEEDS for kind in ("blind", "told")}
 zhixing.metric("steps", STEPS)
@@ -124,8 +126,8 @@ asked = world.ALL[torch.randint(150, (64,), generator=gen(9))]
 
 def draw(net, corner=None):
     model = pipeline.StableDiffusion(sd.text_encoder, sd.vae, net)
-    told = {} if corner is None else {"image": torch.tensor([corner], dtype=torch.float32).expand(len(asked), -1)}
-    return model(world.captions(asked), gen(5), **told)
+    told = {} if corner is None else {"image": torch.tensor([corner], dtype=torch.float32, device=device).expand(len(asked), -1)}
+    return model(world.captions(asked), gen(5), **told).cpu()
 
 
 pictures, rate = {}, {"blind": [], "told": [], "top": []}
@@ -179,7 +181,7 @@ net, knob = models["told", 0], torch.tensor([0, 2, 4, 6, 8])
 model = pipeline.StableDiffusion(sd.text_encoder, sd.vae, net)
 moved = []
 for kind in ((1, 0), (0, 1)):
-    told = (knob[:, None] * torch.tensor(kind)).float()                               # (5, 2)
+    told = (knob[:, None] * torch.tensor(kind)).float().to(device)                    # (5, 2)
     for c in told:
         image = model(world.captions(attrs), gen(6), image=c.expand(len(attrs), -1))
         moved.append(center(image).mean(0))

@@ -111,17 +111,21 @@ zhixing.figure("cost", fig)
 # %% [markdown]
 # ## 采样途中
 #
+# 上面量的是 CPU 上的时间；从这里起有 GPU 就用 GPU。
+#
 # 上一行是轨迹上的 $z_t$ 直接解码；下一行是网络在那一步猜的 $\hat z_0$ 解码出来。网络每一步都猜终点，日程决定往那里挪多少。
 
 # %%
+device = "cuda" if torch.cuda.is_available() else "cpu"
+sd.to(device)
 prompt = ["紫色的星星在右下"]
 denoise = sd.denoiser(prompt, 2.0)
 path, x, frames = samplers.timesteps(1000, 12), sd.noise(1, seeded(3)), []
 with torch.no_grad():
     for t, t_next in zip(path, [*path[1:], -1]):
-        v = denoise(x, torch.tensor([t]))
+        v = denoise(x, torch.tensor([t], device=device))
         guess, _ = schedule.split(sd.schedule, x, t, v, "v")
-        frames.append((t, sd.vae.to_image(x)[0], sd.vae.to_image(guess)[0]))
+        frames.append((t, *(sd.vae.to_image(z)[0].cpu() for z in (x, guess))))
         x = samplers.ddim_step(sd.schedule, x, t, t_next, v, "v")
 final = sd.vae.to_image(x)
 assert judge.score(final, world.ALL[torch.tensor([4 * 25 + 4 * 5 + 3])])["all"] == 1
@@ -156,7 +160,7 @@ def two_characters(n, generator):
 def draw(text, valid, seed):
     """由文本特征直接画图，w = 1。text (B, L, D) → (B, 3, 24, 24)"""
     z = sd.noise(len(text), seeded(seed))
-    return sd.vae.to_image(samplers.sample(sd.schedule, lambda x, t: sd.unet(x, t, text, valid), z, STEPS)).detach()
+    return sd.vae.to_image(samplers.sample(sd.schedule, lambda x, t: sd.unet(x, t, text, valid), z, STEPS)).detach().cpu()
 
 
 def attend(text, valid, seed):
@@ -167,7 +171,7 @@ def attend(text, valid, seed):
         x, cond = inputs
         w = layer.weights(x, cond.text, cond.valid).transpose(2, 3)                # (B, 头, L, HW)
         side = int(w.shape[-1] ** 0.5)
-        w = w.unflatten(-1, (side, side)).detach()
+        w = w.unflatten(-1, (side, side)).detach().cpu()
         seen.append(F.interpolate(w.mean(1), size=(6, 6)))                         # (B, L, 6, 6) 各头平均
         heads.append(F.interpolate(w[0], size=(6, 6)))                             # (头, L, 6, 6) 第一张图的，不平均
 
@@ -364,7 +368,7 @@ zhixing.figure("steps", fig)
 # 训练完的基座在两组上都接近满分，看不出差别；拿 300 步的欠训练检查点来比，才看得出没见过的组合是不是更难。
 
 # %%
-rough = pipeline.StableDiffusion(sd.text_encoder, sd.vae, pipeline.load_weights(unet.UNet(), zhixing.input_path("base/early.safetensors")))
+rough = pipeline.StableDiffusion(sd.text_encoder, sd.vae, pipeline.load_weights(unet.UNet(), zhixing.input_path("base/early.safetensors"))).to(device)
 groups = {"seen": world.SEEN, "held_out": world.HELD_OUT.repeat(5, 1)}
 early = {}
 for name, combos in groups.items():

@@ -11,7 +11,7 @@
 #
 # 图只有“中间的圆”，颜色由描述决定；U-Net 的训练描述只有一种说法。CLIP 的训练描述更杂，还见过颜色的别名。真实的 CLIP 见过几亿句话，这里照样缩小。
 #
-# **预计耗时与内存**：单线程、机器空闲时约一分钟，峰值内存约 0.5 GB。
+# **预计耗时与内存**：单线程、机器空闲时一分多钟，峰值内存约 0.5 GB。
 
 # %%
 import matplotlib.pyplot as plt
@@ -22,7 +22,8 @@ import zhixing
 from minisd import clip, judge, latents, pipeline, train, unet, vae, world
 
 CLIP_STEPS, STEPS, BATCH, WIDTHS = 200, 150, 32, (32, 48)
-codec = pipeline.load_weights(vae.VAE(), zhixing.input_path("vae/vae.safetensors"))
+device = "cuda" if torch.cuda.is_available() else "cpu"
+codec = pipeline.load_weights(vae.VAE(), zhixing.input_path("vae/vae.safetensors")).to(device)
 ALIAS = str.maketrans("红绿蓝", "犇燚垚")                                # 三个在别处没有含义的字，当别名
 
 
@@ -33,18 +34,19 @@ ALIAS = str.maketrans("红绿蓝", "犇燚垚")                                #
 
 # %%
 torch.manual_seed(0)
-model = clip.CLIP()
+model = clip.CLIP().to(device)
 scenes = world.sample(6000, torch.Generator().manual_seed(1))
+pictures = scenes.image.to(device)
 
 
 def contrast(generator):
-    i = torch.randint(len(scenes.image), (128,), generator=generator)
+    i = torch.randint(len(pictures), (128,), generator=generator)
     plain = world.captions(scenes.attrs[i], generator)
     renamed = torch.rand(len(plain), generator=generator) < 0.5
-    ids = clip.tokenize([text.translate(ALIAS) if r else text for text, r in zip(plain, renamed)])
+    ids = clip.tokenize([text.translate(ALIAS) if r else text for text, r in zip(plain, renamed)]).to(device)
     meaning = clip.tokenize(plain)
     return clip.contrastive_loss(
-        model.embed_image(scenes.image[i]), model.embed_text(ids), model.scale(), (meaning[:, None] == meaning).all(-1)
+        model.embed_image(pictures[i]), model.embed_text(ids), model.scale(), (meaning[:, None] == meaning).all(-1)
     )
 
 
@@ -62,7 +64,7 @@ EXAMS = {
 
 def color_word(texts):
     """颜色字那一位的特征 (N, D)。"""
-    return model.text_encoder(clip.tokenize(texts))[0][:, 1]
+    return model.text_encoder(clip.tokenize(texts).to(device))[0][:, 1].cpu()
 
 
 plain, renamed = color_word(EXAMS["trained"][:3]), color_word(EXAMS["alias"][:3])
@@ -81,17 +83,17 @@ assert near > far + 0.1                                                # 两个�
 colors = torch.randint(6, (3000,), generator=torch.Generator().manual_seed(2))
 attrs = torch.stack([colors, torch.zeros_like(colors), torch.full_like(colors, 4)], 1)
 with torch.no_grad():
-    latent = codec.to_latent(world.draw(attrs, torch.Generator().manual_seed(3)).image)
-ids = clip.tokenize(world.captions(attrs))                             # 只有“红色的圆在中间”这一种说法
-empty = clip.tokenize([""])[0]
+    latent = codec.to_latent(world.draw(attrs, torch.Generator().manual_seed(3)).image.to(device))
+ids = clip.tokenize(world.captions(attrs)).to(device)                  # 只有“红色的圆在中间”这一种说法
+empty = clip.tokenize([""])[0].to(device)
 zhixing.metric("steps", STEPS)
 
 
 def fit(kind):
     """训练一次，返回半途与训完时颜色画对的比例、末段损失。"""
     torch.manual_seed(0)
-    net = unet.UNet(widths=WIDTHS).to(memory_format=torch.channels_last)
-    encoder = model.text_encoder if kind == "clip" else clip.TextEncoder()
+    net = unet.UNet(widths=WIDTHS).to(device, memory_format=torch.channels_last)
+    encoder = model.text_encoder if kind == "clip" else clip.TextEncoder().to(device)
     if kind == "random":
         encoder.eval().requires_grad_(False)
     ema, optimizers = train.EMA(net, 0.98), train.muon(net, 0.02, 2e-3)
@@ -101,7 +103,7 @@ def fit(kind):
 
     def loss_fn(generator):
         i = torch.randint(len(latent), (BATCH,), generator=generator)
-        drop = torch.rand(BATCH, 1, generator=generator) < 0.1
+        drop = torch.rand(BATCH, 1, generator=generator).to(device) < 0.1
         text, valid = encoder(torch.where(drop, empty, ids[i]))
         return latents.diffusion_loss(lambda x, t: net(x, t, text, valid), sd.schedule, latent[i], generator)
 

@@ -9,7 +9,7 @@
 # %% [markdown]
 # 从零训练一个更难的文生图模型：32×32，“红色的圆在蓝色的方块左边”。要画对，得知道有哪些颜色与形状、**谁是红的**、**谁在哪边**。文本编码器先单独学会读句子；VAE 就用 24×24 上训好的那一个。
 #
-# **预计耗时与内存**：单线程、机器空闲时三分多钟，峰值内存约 0.8 GB。
+# **预计耗时与内存**：单线程、机器空闲时约三分钟，峰值内存约 0.8 GB。
 
 # %%
 import matplotlib.pyplot as plt
@@ -50,7 +50,7 @@ zhixing.metric("psnr", judge.psnr(rebuilt, real))
 ceiling = pairs.score(rebuilt, attrs[:200])
 zhixing.metric("readable", ceiling["all"])
 assert judge.psnr(rebuilt, real) > 28 and ceiling["all"] > 0.97         # 24×24 上训的 VAE 直接能用
-print("重建", judge.psnr(rebuilt, real), ceiling, "潜变量标准差", data.std((0, 2, 3)).tolist())
+print("重建", round(judge.psnr(rebuilt, real), 3), ceiling, "潜变量标准差", [round(v, 3) for v in data.std((0, 2, 3)).tolist()])
 
 # %% [markdown]
 # ## 先学会读句子
@@ -151,7 +151,9 @@ for name, value in {"steps": STEPS, "images": STEPS * BATCH, "joint_steps": JOIN
 for key, value in joint_curve[JOINT_STEPS].items():
     zhixing.metric(f"joint_{key}", value)
     zhixing.metric(f"early_{key}", curve[JOINT_STEPS][key])
-print("一起训练", joint_curve, "先学读句子", curve)
+for title, points in (("一起训练", joint_curve), ("先学读句子", curve)):
+    for step, point in points.items():
+        print(title, step, {key: round(value, 3) for key, value in point.items()})
 
 # %% [markdown]
 # ## 考试

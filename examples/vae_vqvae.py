@@ -9,7 +9,7 @@
 # %% [markdown]
 # 三件事：用两维潜变量看清自编码器（AE）与变分自编码器（VAE）差在哪里；在彩色图形上训练 VQ-VAE，比较四种学码本的办法，再把损失逐项拆掉看它怎样坏；最后给码的下标训一个先验，从零生成图。
 #
-# **预计耗时与内存**：单线程、机器空闲时一分钟左右，峰值内存约 0.5 GB。大头是 21 次 VQ-VAE 训练，每次 400 步（最后一次 1200 步）。
+# **预计耗时与内存**：单线程、机器空闲时不到一分钟，峰值内存约 0.5 GB；网络太小，有 GPU 也用 CPU。大头是 21 次 VQ-VAE 训练，每次 400 步（最后一次 1200 步）。
 
 # %%
 import math
@@ -278,7 +278,6 @@ rows |= {f"梯度，{name}" if name == "完整" else name: picture(run, show) fo
 fig, axes = plt.subplots(len(rows), 1, figsize=(7.6, 0.66 * len(rows)), dpi=130)
 for ax, (title, pictures) in zip(axes, rows.items()):
     strip(ax, pictures, title)
-fig.subplots_adjust(hspace=0.45)
 zhixing.figure("broken", fig)
 
 # %% [markdown]
@@ -355,5 +354,4 @@ strip(axes[0], rgb(show), "真实的图")
 with torch.no_grad():
     for ax, (name, k) in zip(axes[1:], drawn.items()):
         strip(ax, rgb(decoder(q.lookup(k.view(16, 6, 6)))), name)
-fig.subplots_adjust(hspace=0.45)
 zhixing.figure("prior", fig)

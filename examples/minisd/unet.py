@@ -163,7 +163,7 @@ class Embed(nn.Module):
 
 
 class UNet(nn.Module):
-    """文本条件的 U-Net：边长 6 → 3 → 6，通道 48、64，123 万参数。
+    """文本条件的 U-Net：边长 6 → 3 → 6，通道 48、64。
 
     ``in_channels`` 可以大于 ``out_channels``：修复模型把掩码与被遮的潜变量拼在输入上。
     """
