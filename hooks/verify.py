@@ -1,14 +1,14 @@
 """MkDocs 事件 → 验证引擎：执行代码块，渲染时接上结果，收尾时核对。"""
 
-import re
 from pathlib import Path
 
 from mkdocs.exceptions import PluginError
 from mkdocs.plugins import event_priority
 from mkdocs.structure.files import File
-from zhixing import build, fonts, report
+from zhixing import build, fonts, report, styles
 from zhixing.errors import ContentError
 from zhixing.links import Rendered
+from zhixing.page import finish_tables
 
 
 _serving = False
@@ -60,9 +60,7 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(html, page, config, files):
-    # 窄屏上表格自己横向滚动，键盘也要能滚；左上角的空格不是谁的表头
-    html = html.replace("<table>", '<table tabindex="0">')
-    return re.sub(r"<th([^>]*)></th>", r"<td\1></td>", html)
+    return finish_tables(html)
 
 
 def on_page_context(context, page, config, nav):
@@ -90,7 +88,10 @@ def on_env(env, config, files):
 
 @event_priority(-50)  # 全部页面写好之后
 def on_post_build(config):
-    fonts.subset(Path(config.site_dir), _build(config).root / ".cache" / "zhixing" / "fonts")
+    site, cache = Path(config.site_dir), _build(config).root / ".cache" / "zhixing"
+    fonts.subset(site, cache / "fonts")
+    if not _serving:
+        styles.shrink(site, cache / "styles")
 
 
 def on_shutdown():

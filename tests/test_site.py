@@ -264,7 +264,7 @@ def visits(web, browser, memory):
                 tab = reader.open(page)
                 if mode != "no-js":
                     tab.wait_for_function("document.querySelector('.md-search__input')?.placeholder")
-                    tab.wait_for_timeout(150)  # 复制按钮等由主题的脚本稍后补上
+                    tab.wait_for_timeout(150)  # 主题的脚本稍后还要补几样
                 facts = tab.evaluate(INSPECT)
                 tab.close()
                 return facts, len(reader.errors) + len(reader.external) == before
@@ -422,6 +422,60 @@ def test_palette_toggle_switches_figures(web, browser):
         tab.locator("label[for=__palette_2]:visible").click()  # 浅色 → 深色
         assert tab.evaluate("document.body.dataset.mdColorScheme") == "slate"
         assert not shown() and tab.locator(".zx-figure img").nth(1).is_visible()
+
+
+def test_palette_is_remembered_follows_the_system_and_never_flashes(web, browser):
+    flashes = """new MutationObserver(() => {
+      if (document.querySelector("article")) (window.late ??= []).push(document.body.dataset.mdColorScheme)
+    }).observe(document, { subtree: true, attributes: true, attributeFilter: ["data-md-color-scheme"] })"""
+    scheme = "document.body.dataset.mdColorScheme"
+    with Reader(browser, web, **MODES["dark"]) as reader:
+        reader.context.add_init_script(flashes)
+        tab = reader.open("leetcode/lc-209/")
+        assert tab.evaluate(scheme) == "slate" and tab.evaluate("window.late") is None  # 正文出来之前颜色就定了
+        assert tab.evaluate("[...document.querySelectorAll('meta[name=color-scheme]')].map((m) => m.content)") == ["dark"]
+        assert tab.evaluate("document.querySelector('meta[name=theme-color]').content") == tab.evaluate(
+            "getComputedStyle(document.querySelector('.md-header')).backgroundColor"
+        )
+        tab.emulate_media(color_scheme="light")  # 跟随系统
+        assert tab.evaluate(scheme) == "default"
+        tab.emulate_media(color_scheme="dark")
+        tab.locator("#__palette_0").focus()
+        tab.keyboard.press("Enter")  # 跟随系统 → 浅色
+        assert tab.evaluate(scheme) == "default" and tab.evaluate("document.activeElement.id") == "__palette_1"
+        assert tab.locator(".zx-palette label:visible").get_attribute("for") == "__palette_2"
+        tab.wait_for_function("!document.body.hasAttribute('data-md-color-switching')")
+        tab = reader.open("control/lora/")
+        assert tab.evaluate(scheme) == "default" and tab.evaluate("window.late") is None  # 换一页还记得
+        assert reader.errors == []
+
+
+def test_pruned_styles_look_like_the_originals(web, browser):
+    """换回主题与 KaTeX 原来的样式表，每个元素的位置、颜色、边距都不变。"""
+    import material
+
+    measure = """() => [...document.querySelectorAll("body *")].map((e) => {
+      const r = e.getBoundingClientRect(), s = getComputedStyle(e)
+      return [e.tagName, e.className, r.x, r.y, r.width, r.height, s.color, s.backgroundColor, s.font, s.margin, s.padding, s.maskImage].join("|")
+    })"""
+    theme = Path(material.__file__).parent / "templates/assets/stylesheets"
+    originals = {p.name: p for p in [*theme.glob("*.css"), REPO / "node_modules/katex/dist/katex.min.css"]}
+    for mode in ("light", "phone-dark"):
+        seen = []
+        for original in (False, True):
+            with Reader(browser, web, **MODES[mode]) as reader:
+                if original:
+                    for name, path in originals.items():
+                        reader.context.route(f"**/{name}", lambda route, path=path: route.fulfill(path=path))
+                pages = ("", "diffusion/ddpm/", "leetcode/lc-209/", "questions/", next(p for p in web.pages if p.startswith("examples/")))
+                for page in pages:
+                    tab = reader.open(page)
+                    tab.evaluate("document.fonts.ready")
+                    tab.wait_for_timeout(300)
+                    seen.append(tab.evaluate(measure))
+                    tab.close()
+        for page, small, full in zip(pages, seen, seen[len(pages) :]):
+            assert [pair for pair in zip(small, full) if pair[0] != pair[1]][:3] == [] and len(small) == len(full), (mode, page)
 
 
 def test_loaded_page_keeps_working_offline(web, browser):

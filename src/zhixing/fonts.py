@@ -48,10 +48,11 @@ def subset(site: Path, cache: Path) -> None:
     Args:
         cache: 放做好的子集，文件名是字体与字符集的哈希；可以删。
     """
+    code = Path(__file__).read_bytes()  # 裁法变了，做好的也要重做
     found = characters(path.read_text("utf-8") for path in site.rglob("*.html"))
     for path in sorted((site / "assets" / "katex" / "fonts").glob("*.woff2")):
         text = "".join(sorted(_used(path.stem, found)))
-        made = cache / (hashlib.sha256(path.read_bytes() + text.encode()).hexdigest() + ".woff2")
+        made = cache / (hashlib.sha256(code + path.read_bytes() + text.encode()).hexdigest() + ".woff2")
         if not made.is_file():
             publish(made, lambda temporary: _write(path, text, temporary))
         path.unlink()  # 可能是从别处复制来的只读文件

@@ -61,6 +61,12 @@ def wrap(meta: Meta, body: str) -> tuple[str, int]:
     return "\n".join([*head, body, *tail]), len(head)
 
 
+def finish_tables(html: str) -> str:
+    """窄屏上表格自己横向滚动，键盘也要能滚；左上角的空格不是谁的表头。"""
+    html = html.replace("<table>", '<table tabindex="0">')
+    return re.sub(r"<th([^>]*)></th>", r"<td\1></td>", html)
+
+
 def _indent(text: str) -> list[str]:
     return ["    " + line if line else "" for line in text.split("\n")]
 
@@ -131,11 +137,15 @@ def _render(fences: Any, block: Block, options: dict[str, Any], md: Markdown, kw
         visible.setdefault("title", block.origin[0])
     parts = [_highlight(fences, block.source, lang, visible, md, kwargs)]
     result = page.results.get(block.line)
+    told = False
     if block.skip:
         parts.append(_badge("skip", f"未执行：{block.skip}"))
     elif result is not None:
-        parts.append(_badge("pass", _passed(block, result), f"构建时执行，{_duration(result['seconds'])}"))
-        if block.output == "show" and result["out"].strip():
+        shows = block.output == "show" and result["out"].strip()
+        told = block.expected is not None and not shows and not result["figs"]  # 后面紧跟着期望输出
+        kind = "pass zx-badge--joined" if shows or told else "pass"
+        parts.append(_badge(kind, _passed(block, result), f"构建时执行，{_duration(result['seconds'])}"))
+        if shows:
             shown = _highlight(fences, result["out"].rstrip(), "text", {"title": "输出（本次构建）"}, md, kwargs)
             parts.append(f'<div class="zx-output">{shown}</div>')
         for i, svg in enumerate(result["figs"]):
@@ -148,7 +158,7 @@ def _render(fences: Any, block: Block, options: dict[str, Any], md: Markdown, kw
     if block.practice == practice.STARTER:
         entry = html.escape(practice.entry_of(block.source))
         return f'<div class="zx-block zx-practice" data-zx="{block.line}" data-entry="{entry}">{"".join(parts)}</div>'
-    kind = " zx-expected" if block.bound else ""
+    kind = " zx-expected" if block.bound else " zx-block--told" if told else ""
     copy = f' data-copy="{html.escape(commands)}"' if (commands := _commands(block)) else ""
     return f'<div class="zx-block{kind}" data-zx="{block.line}"{copy}>{"".join(parts)}</div>'
 

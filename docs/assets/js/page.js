@@ -1,3 +1,14 @@
+// 复制按钮：点了之后复制什么、怎样提示，由主题管（data-clipboard-target）。主题自己加按钮时每加一个就把整页重排一次，
+// 长页上要多占半秒；这里一次加完
+document.querySelectorAll("pre > code").forEach((code, i) => {
+  code.id ||= `zx-code-${i}`
+  const bar = Object.assign(document.createElement("div"), { className: "md-code__nav" })
+  const button = Object.assign(document.createElement("button"), { className: "md-code__button", title: "复制", type: "button" })
+  Object.assign(button.dataset, { clipboardTarget: `#${code.id}`, mdType: "copy" })
+  bar.append(button)
+  code.before(bar)
+})
+
 // 需要横向滚动的代码、表格、选项卡与图，用键盘也要滚得动
 addEventListener("load", () => {
   const watch = new ResizeObserver((entries) => {
@@ -9,12 +20,6 @@ addEventListener("load", () => {
     .querySelectorAll("pre > code, .md-typeset__scrollwrap, .md-typeset__table table, .tabbed-labels, .zx-diagram")
     .forEach((e) => watch.observe(e))
 })
-
-// 主题给每块代码的按钮各套一个没有名字的 <nav>：它们不是导航，读屏软件不必列出来
-new MutationObserver(() => document.querySelectorAll(".md-code__nav:not([role])").forEach((nav) => nav.setAttribute("role", "none"))).observe(
-  document.body,
-  { childList: true, subtree: true },
-)
 
 // 光标一进搜索框就让 worker 去取索引（search-worker.js），打字时多半已经到了
 document.querySelector(".md-search__input")?.addEventListener("focus", () => new BroadcastChannel("zhixing-search").postMessage(0), { once: true })
