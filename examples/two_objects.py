@@ -21,7 +21,7 @@ import zhixing
 from minisd import judge, latents, pairs, pipeline, samplers, schedule, train, unet, vae
 from minisd.guidance import combine
 
-SEED, STEPS, JOINT_STEPS, READ, BATCH, DATA = 0, 1000, 400, 300, 32, 8000
+SEED, STEPS, JOINT_STEPS, READ, BATCH, DATA = 0, 1000, 200, 300, 32, 8000
 torch.manual_seed(SEED)
 device = "cuda" if torch.cuda.is_available() else "cpu"
 noise = schedule.cosine()
