@@ -44,6 +44,13 @@ def test_classes_added_by_scripts_are_kept() -> None:
     assert {"inline-made", "zx-zoom"} <= used
 
 
+def test_names_put_together_by_scripts_and_numeric_values_are_kept() -> None:
+    css = '.tab--next{top:0}.tab--prev:after{top:1px}.tab{top:2px}.table--wide{top:3px}[data-md-level="1"]{top:4px}[data-md-level="2"]{top:5px}'
+    found = styles.names(['<nav data-md-level=1 data-md-x="2x"></nav>'], ["t.className = `tab tab--${e}`; for (;i--;) e--"])
+    small = styles.prune(css, styles.mentioned(found, css))
+    assert small == '.tab--next{top:0}.tab--prev:after{top:1px}.tab{top:2px}[data-md-level="1"]{top:4px}'
+
+
 def test_unreferenced_variables_are_dropped() -> None:
     css = ":root{--icon-a:url(a);--icon-b:url(b);color:red}@media print{:root{--icon-a:url(c);--icon-b:url(d)}}.x{mask:var(--icon-a)}"
     assert styles.drop_variables(css, {"--icon-a"}) == (
@@ -73,9 +80,9 @@ def site(tmp_path):
     top = tmp_path / "site"
     for name, text in {
         "index.html": '<p class="used">',
-        "assets/stylesheets/main.css": ":root{--x:url(x);--y:url(y)}.used{mask:var(--x)}.unused{mask:var(--y)}",
+        "assets/stylesheets/main.css": ":root{--x:url(x);--y:url(y)}.used{mask:var(--x)}.unused{mask:var(--y)}.tab--next{top:0}",
         "assets/css/own.css": ".never{top:0}",
-        "assets/js/page.js": "",
+        "assets/js/page.js": "`tab--${e}`",
     }.items():
         (top / name).parent.mkdir(parents=True, exist_ok=True)
         (top / name).write_text(text, "utf-8")
@@ -86,7 +93,7 @@ def test_only_their_sheets_change_and_the_cache_is_used(site, tmp_path, monkeypa
     sheet, before = site / "assets/stylesheets/main.css", (site / "assets/stylesheets/main.css").read_text()
     styles.shrink(site, tmp_path / "cache")
     small = sheet.read_text()
-    assert small == ":root{--x:url(x)}.used{mask:var(--x)}" and (site / "assets/css/own.css").read_text() == ".never{top:0}"
+    assert small == ":root{--x:url(x)}.used{mask:var(--x)}.tab--next{top:0}" and (site / "assets/css/own.css").read_text() == ".never{top:0}"
     sheet.write_text(before)
     monkeypatch.setattr(styles, "prune", lambda *_: pytest.fail("缓存没有用上"))
     styles.shrink(site, tmp_path / "cache")

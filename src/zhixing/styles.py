@@ -1,7 +1,8 @@
 """样式表只留站点用得到的规则：主题的样式有一大半管着这里没有的部件。
 
 一条选择器里的类与编号，只要有一个在全站的网页与脚本里都没出现过，它就不可能选中什么。
-脚本里按单词找，宁可多留；``:not(.x)`` 里的不算，没有 x 它照样选得中。没有谁引用的自定义属性也删，
+脚本里按单词找，宁可多留：``tab--${e}`` 这样拼出来的，凡是以 ``tab--`` 开头的都留。``:not(.x)`` 里的不算，
+没有 x 它照样选得中。没有谁引用的自定义属性也删，
 主题把每个图标都写成一个。
 """
 
@@ -36,6 +37,12 @@ def names(pages: Iterable[str], scripts: Iterable[str]) -> set[str]:
     for script in scripts:
         found.update(_WORDS.findall(script))
     return found
+
+
+def mentioned(found: set[str], css: str) -> set[str]:
+    """样式表里的名字（类、编号、属性值）中，网页与脚本里出现过的。"""
+    made = tuple(name for name in found if name.endswith("--"))
+    return {name for name in re.findall(r"[\w-]+", css) if name in found or name.startswith(made)}
 
 
 def prune(css: str, used: set[str]) -> str:
@@ -120,7 +127,7 @@ def shrink(site: Path, cache: Path) -> None:
     ours = [p.read_text("utf-8") for p in assets.glob("css/*.css")]
     sheets = {p: p.read_text("utf-8") for p in sorted([*assets.glob("stylesheets/*.css"), *assets.glob("katex/*.css")])}
     theirs = " ".join(sheets.values())
-    used = names(pages, scripts) & set(_WORDS.findall(theirs))
+    used = mentioned(names(pages, scripts), theirs)
     variables = {name for text in [*pages, *scripts, *ours] for name in _VARIABLE.findall(text)} & set(_VARIABLE.findall(theirs))
     key = json.dumps([_code(), *sheets.values(), sorted(used), sorted(variables)])
     made = cache / (hashlib.sha256(key.encode()).hexdigest() + ".json")
