@@ -8,7 +8,7 @@ from mkdocs.structure.files import File
 from zhixing import build, fonts, report, styles
 from zhixing.errors import ContentError
 from zhixing.links import Rendered
-from zhixing.page import finish_tables
+from zhixing.page import finish_tables, keep_punctuation
 
 
 _serving = False
@@ -60,7 +60,7 @@ def on_page_markdown(markdown, page, config, files):
 
 
 def on_page_content(html, page, config, files):
-    return finish_tables(html)
+    return keep_punctuation(finish_tables(html))
 
 
 def on_page_context(context, page, config, nav):

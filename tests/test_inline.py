@@ -251,3 +251,33 @@ def test_prose_is_never_eaten(pieces: list[str]) -> None:
     assert page.count("12000") == pieces.count("{{ m.ddpm.steps }}")
     assert [p.code for p in ctx.problems] == ["M404"] * pieces.count("{{ m.no.no }}")
     assert not re.search(r"<p>[^<]*<figure", page)
+
+
+# ── 标点 ──────────────────────────────────────────────────────────────
+
+
+def test_punctuation_stays_with_the_code_or_formula_before_it() -> None:
+    from zhixing.page import keep_punctuation
+
+    html, _ = convert("看 `a`，与（`b` 或 `c`）；和 `d` 再说 $x$。\n\n```text\n`e`，\n```\n")
+    kept = re.findall(r'<span class="zx-keep">(.*?)</span>(?=[^<]|</p>)', keep_punctuation(html), re.S)
+    assert [re.sub(r"<math-tex.*</math-tex>", "$x$", k) for k in kept] == [
+        "<code>a</code>，", "（<code>b</code>", "<code>c</code>）；", "$x$。",
+    ]  # fmt: skip
+    assert re.sub(r'<span class="zx-(keep|free)">|</span>', "", keep_punctuation(html)) == re.sub("</span>", "", html)
+
+
+def test_only_the_last_part_of_a_formula_is_kept_on_the_line() -> None:
+    from zhixing.page import keep_punctuation
+
+    parts = [f"<span class=katex-base>{x}</span>" for x in "abc"]
+    for base in ("katex-base", '"katex-base"'):
+        inner = [p.replace("katex-base", base) for p in parts]
+        head = '<span class="katex-html" aria-hidden="true">' if '"' in base else "<span class=katex-html aria-hidden=true>"
+        html = f"<math-tex>{head}{''.join(inner)}</span></math-tex>，后文"
+        a, b, c = inner
+        assert keep_punctuation(html) == (
+            f'<span class="zx-keep"><math-tex>{head}<span class="zx-free">{a}{b}</span>{c}</span></math-tex>，</span>后文'
+        )
+    one, _ = convert("$x$。")
+    assert "zx-free" not in keep_punctuation(one) and "zx-free" in keep_punctuation(convert("$x=y$。")[0])

@@ -67,6 +67,25 @@ def finish_tables(html: str) -> str:
     return re.sub(r"<th([^>]*)></th>", r"<td\1></td>", html)
 
 
+_ATOMIC = re.compile(r"([（《「『“‘]?)(<(code|math-tex)\b.*?</\3>)([，。；：、！？）》」』”’]*)", re.S)
+_LEADING_PARTS = re.compile(r'(<span class="?katex-html"? [^>]*>)(<span class="?katex-base"?>.*)(?=<span class="?katex-base"?>)', re.S)
+
+
+def keep_punctuation(html: str) -> str:
+    """行内代码、公式与贴着它的标点不分在两行：浏览器在行内块的两边总肯换行，标点会落到行首。
+
+    公式是一串行内块，只有最后一块要与后面的标点连着，前面的照样可以换行。
+    """
+
+    def keep(match: re.Match[str]) -> str:
+        if not match[1] and not match[4]:
+            return match[0]
+        inner = _LEADING_PARTS.sub(r'\1<span class="zx-free">\2</span>', match[2]) if match[3] == "math-tex" else match[2]
+        return f'<span class="zx-keep">{match[1]}{inner}{match[4]}</span>'
+
+    return _ATOMIC.sub(keep, html)
+
+
 def _indent(text: str) -> list[str]:
     return ["    " + line if line else "" for line in text.split("\n")]
 
