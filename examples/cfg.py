@@ -19,14 +19,13 @@ from torch import nn
 import zhixing
 from minisd import guidance, judge, mixture, pipeline, samplers, schedule, unet, world
 
-torch.manual_seed(0)
-
 # %% [markdown]
 # ## 训练时丢不丢条件
 #
 # 三个类别，每类两个高斯。网络的输入是 $x_t$、步号与类别；第 4 个类别编号是“空”。三种丢弃率各训 3 个种子，再与解析的条件期望比。
 
 # %%
+torch.manual_seed(0)
 s = schedule.cosine(1000)
 CENTERS = torch.tensor([[-1.1, 0.2], [0.1, -0.7], [0.8, 0.9], [1.2, -0.4], [0.0, 0.3], [-0.3, 1.2]])
 LABEL, STD, NULL = torch.tensor([0, 0, 1, 1, 2, 2]), 0.3, 3

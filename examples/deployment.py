@@ -16,6 +16,7 @@ import logging
 import math
 import tempfile
 import time
+import warnings
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -33,6 +34,7 @@ import zhixing
 torch.set_num_threads(1)
 torch.manual_seed(0)
 logging.disable(logging.WARNING)                     # 导出器与量化器的提示
+warnings.simplefilter("ignore", FutureWarning)
 
 # %% [markdown]
 # ## 任务与模型

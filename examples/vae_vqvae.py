@@ -22,8 +22,8 @@ from torch import nn
 import zhixing
 from minisd import elbo, vq, world
 
-torch.set_num_threads(1)
 torch.manual_seed(0)
+torch.set_num_threads(1)
 
 # %% [markdown]
 # ## AE 与 VAE：差在潜空间能不能抽样
