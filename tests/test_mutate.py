@@ -147,3 +147,10 @@ def test_pages_are_reported_as_they_finish(project, zx, monkeypatch) -> None:
     monkeypatch.setattr(mutate, "run", run)
     _, out, _ = zx("mutate", "--require", "0")
     assert sorted(seen) == ["docs/a.md", "docs/b.md"] and out.count("个变异，杀死") == 2
+
+
+def test_comments_and_docstrings_do_not_outdate_a_record() -> None:
+    code = 'def f(x):\n    """旧的说明，\n    两行。"""\n    return x + "# 不是注释"\n'
+    same = '"""模块。"""\n\n\ndef f(x):\n    """新的。"""\n    # 想了想\n    return x + "# 不是注释"  # 为什么\n'
+    assert mutate._bare(code) == mutate._bare(same) == 'def f(x):\n    return x + "# 不是注释"'
+    assert mutate._bare(code.replace("x +", "x *")) != mutate._bare(code) != mutate._bare(code.replace("不是", "是"))

@@ -10,13 +10,16 @@ import ast
 import builtins
 import copy
 import hashlib
+import io
 import json
 import random
 import re
+import tokenize
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import as_completed
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +27,7 @@ import yaml
 
 from zhixing import practice
 from zhixing.blocks import Block
-from zhixing.cache import file_hash, write_atomic
+from zhixing.cache import write_atomic
 from zhixing.engine import Engine, Unit
 from zhixing.execute import execute_job
 from zhixing.project import Project
@@ -470,11 +473,26 @@ RECORD = Path("tests/mutation.json")
 
 
 def fingerprint(project: Project, file: str) -> str:
-    """页面的代码、声明与它（传递地）import 的本地模块的指纹：变了，记录就过期了。"""
+    """页面的代码、声明与它（传递地）import 的本地模块的指纹：变了，记录就过期了；模块的注释与文档串不算。"""
     unit = Unit(file, [b for b in project.scans[file].blocks if b.runs])
     blocks = [[b.lang, b.source, b.solution, _declared(b)] for b in unit.blocks]
-    modules = {m: file_hash(project.root / m) for m in _modules(unit, project.root)}
+    modules = {m: _bare((project.root / m).read_text("utf-8")) for m in _modules(unit, project.root)}
     return hashlib.sha256(json.dumps([blocks, modules], sort_keys=True).encode()).hexdigest()[:16]
+
+
+@lru_cache(maxsize=None)
+def _bare(source: str) -> str:
+    """去掉注释、文档串与空行的代码。"""
+    lines = source.split("\n")
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type == tokenize.COMMENT:
+            row, column = token.start
+            lines[row - 1] = lines[row - 1][:column]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node) is not None:
+            first = node.body[0]
+            lines[first.lineno - 1 : first.end_lineno] = [""] * (first.end_lineno - first.lineno + 1)
+    return "\n".join(line.rstrip() for line in lines if line.strip())
 
 
 def record(project: Project, verdicts: list[Verdict]) -> None:
