@@ -2,8 +2,7 @@
 
 一条选择器里的类与编号，只要有一个在全站的网页与脚本里都没出现过，它就不可能选中什么。
 脚本里按单词找，宁可多留：``tab--${e}`` 这样拼出来的，凡是以 ``tab--`` 开头的都留。``:not(.x)`` 里的不算，
-没有 x 它照样选得中。没有谁引用的自定义属性也删，
-主题把每个图标都写成一个。
+没有 x 它照样选得中。没有谁引用的自定义属性也删，主题把每个图标都写成一个。
 """
 
 from __future__ import annotations
@@ -77,7 +76,7 @@ def _split(prelude: list[Node]) -> list[list[Node]]:
 
 
 def _matches(selector: list[Node], used: set[str]) -> bool:
-    """这条选择器要求的类与编号是不是都有；``:is()``、``:where()`` 里有一个可能就行。"""
+    """这条选择器要求的类与编号是不是都有；``:is()``、``:where()``、``:has()`` 里有一个可能就行。"""
     for before, token in zip([None, *selector], selector):
         if token.type == "ident" and before == "." or token.type == "hash":
             if token.value not in used:
@@ -85,10 +84,7 @@ def _matches(selector: list[Node], used: set[str]) -> bool:
         elif token.type == "[] block" and len(token.content) == 3 and token.content[0].value.startswith("data-md-"):
             if token.content[1] == "=" and token.content[2].value not in used:  # 主题的二十来种配色，只用到一两种
                 return False
-        elif token.type == "function" and token.lower_name in ("is", "where"):
-            if not any(_matches(part, used) for part in _split(token.arguments)):
-                return False
-        elif token.type == "function" and token.lower_name == "has":
+        elif token.type == "function" and token.lower_name in ("is", "where", "has"):
             if not any(_matches(part, used) for part in _split(token.arguments)):
                 return False
     return True
@@ -102,7 +98,7 @@ def drop_variables(css: str, used: set[str]) -> str:
 def _without(rules: list[Node], used: set[str]) -> Iterable[str]:
     for rule in rules:
         if isinstance(rule, QualifiedRule):
-            content = [d for d in tinycss2.parse_blocks_contents(rule.content, skip_comments=True, skip_whitespace=True)]
+            content = tinycss2.parse_blocks_contents(rule.content, skip_comments=True, skip_whitespace=True)
             if all(d.type == "declaration" for d in content):
                 kept = [d.serialize() for d in content if not d.name.startswith("--") or d.name in used]
                 if kept:
