@@ -467,7 +467,7 @@ def test_pruned_styles_look_like_the_originals(web, browser):
                 if original:
                     for name, path in originals.items():
                         reader.context.route(f"**/{name}", lambda route, _, path=path: route.fulfill(path=path))
-                pages = ("", "diffusion/ddpm/", "leetcode/lc-209/", "questions/", next(p for p in web.pages if p.startswith("examples/")))
+                pages = ("", "diffusion/ddpm/", "diffusion/cfg/", "leetcode/lc-209/", "questions/", next(p for p in web.pages if p.startswith("examples/")))
                 for page in pages:
                     tab = reader.open(page)
                     tab.evaluate("document.fonts.ready")

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from zhixing.cache import file_hash
 from zhixing.output import publish
 
 _FORMULA = re.compile(r"<math-tex.*?</math-tex>", re.S)
@@ -48,7 +49,7 @@ def subset(site: Path, cache: Path) -> None:
     Args:
         cache: 放做好的子集，文件名是字体与字符集的哈希；可以删。
     """
-    code = Path(__file__).read_bytes()  # 裁法变了，做好的也要重做
+    code = file_hash(Path(__file__)).encode()  # 裁法变了，做好的也要重做
     found = characters(path.read_text("utf-8") for path in site.rglob("*.html"))
     for path in sorted((site / "assets" / "katex" / "fonts").glob("*.woff2")):
         text = "".join(sorted(_used(path.stem, found)))

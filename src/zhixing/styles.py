@@ -11,12 +11,12 @@ import hashlib
 import json
 import re
 from collections.abc import Iterable
-from functools import lru_cache
 from pathlib import Path
 
 import tinycss2
 from tinycss2.ast import AtRule, Node, QualifiedRule
 
+from zhixing.cache import file_hash
 from zhixing.output import publish
 
 _NAMES = re.compile(r"""\s(?:class|id|for|data-md-[\w-]+)=(?:"([^"]*)"|'([^']*)'|([^\s>]+))""")
@@ -125,7 +125,7 @@ def shrink(site: Path, cache: Path) -> None:
     theirs = " ".join(sheets.values())
     used = mentioned(names(pages, scripts), theirs)
     variables = {name for text in [*pages, *scripts, *ours] for name in _VARIABLE.findall(text)} & set(_VARIABLE.findall(theirs))
-    key = json.dumps([_code(), *sheets.values(), sorted(used), sorted(variables)])
+    key = json.dumps([file_hash(Path(__file__)), *sheets.values(), sorted(used), sorted(variables)])
     made = cache / (hashlib.sha256(key.encode()).hexdigest() + ".json")
     if not made.is_file():
         small = [prune(text, used) for text in sheets.values()]
@@ -135,8 +135,3 @@ def shrink(site: Path, cache: Path) -> None:
         publish(made, lambda temporary: temporary.write_text(json.dumps(small), "utf-8"))
     for path, text in zip(sheets, json.loads(made.read_text("utf-8"))):
         publish(path, lambda temporary, text=text: temporary.write_text(text, "utf-8"))
-
-
-@lru_cache
-def _code() -> str:
-    return hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
